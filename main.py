@@ -1,0 +1,1155 @@
+"""LoRA on MNIST, in one script.
+
+    pip install -r requirements.txt && python main.py
+
+Trains a classifier of handwritten digits, finds the digit it gets wrong most often (9), attaches
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) to every linear layer, fine-tunes on images
+of that digit alone, proves that no frozen weight moved, and reports what was gained, what the other
+digits paid for it, and whether something simpler would have earned the same.
+
+The chapters: settings, data, model, LoRA, low rank, training, evaluation, experiment; and behind
+them report and command line, which only show what the experiment found.
+"""
+
+# torchvision and tqdm carry no types, and some methods of torch neither:
+# mypy: disable-error-code="import-untyped, no-untyped-call"
+
+from __future__ import annotations
+
+import gc
+
+gc.disable()  # else a quarter of the start goes into collecting while thousands of modules load
+
+import argparse
+import copy
+import io
+import json
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+gc.freeze()
+gc.enable()
+
+# --- Settings -------------------------------------------------------------------------------------
+
+DATA_DIR = Path(__file__).resolve().parent / "data"  # beside this script, wherever it is run
+OUTPUT_DIR = Path("outputs")
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on; each field is an option of the command line."""
+
+    digit: int = option(9, "the digit to fine-tune on")
+    rank: int = option(1, "rank r of LoRA's update")
+    alpha: float = option(1.0, "LoRA's update is scaled by alpha / rank")
+    seed: int = option(0, "seed of all that is random")
+    seeds: int = option(1, "repeat for this many seeds, from --seed up")
+    epochs: int = option(1, "baseline: passes over the 55,000 training images")
+    batch_size: int = option(256, "baseline: images in a step")
+    lr: float = option(2e-3, "baseline: learning rate, which falls to 0")
+    lora_epochs: int = option(1, "LoRA: passes over the digit's training images")
+    lora_batch_size: int = option(128, "LoRA: images in a step")
+    lora_lr: float = option(1.4e-3, "LoRA: learning rate, which falls to 0")
+    full_lr: float = option(5e-5, "full fine-tuning: learning rate; the rest is LoRA's")
+    strength: float | None = option(None, "strength of balanced LoRA (chosen on validation)")
+    max_accuracy_drop: float = option(1.0, "points of accuracy that a balanced method may cost")
+    device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda or mps")
+    data_dir: Path = option(DATA_DIR, "folder that holds MNIST/raw")
+    output_dir: Path = option(OUTPUT_DIR, "folder for pictures, metrics and weights")
+
+
+STRENGTHS = [i / 10 for i in range(11)]  # LoRA's dial, from off to as it was trained
+BIASES = [i / 4 for i in range(33)]  # the control's dial: the number added to one logit
+FULL_STRENGTHS = [0.25, 0.5, 0.75, 1.0]  # on the line from the baseline to full fine-tuning
+
+# --- Data -----------------------------------------------------------------------------------------
+
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (n, 784), normalised float32, and their labels (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def only(self, digit: int) -> Split:
+        return Split(self.images[self.labels == digit], self.labels[self.labels == digit])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Weights are learned on `train`; all else is chosen on `validation` and reported on `test`."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load_mnist(folder: Path, device: torch.device) -> Data:
+    """Read MNIST into memory, once: 55,000, 5,000 and 10,000 images.
+
+    torchvision extracts the archives that lie in `folder`/MNIST/raw and downloads those that do
+    not. Raises what torchvision raises where it can do neither.
+    """
+
+    def split(file: MNIST) -> Split:
+        pixels = file.data.to(device, torch.float32).flatten(1)
+        return Split(pixels.div_(255).sub_(MEAN).div_(STD), file.targets.to(device))
+
+    train, test = (split(MNIST(folder, train=train, download=True)) for train in (True, False))
+    return Data(
+        train=Split(train.images[:-5000], train.labels[:-5000]),
+        validation=Split(train.images[-5000:], train.labels[-5000:]),
+        test=test,
+    )
+
+
+# --- Model ----------------------------------------------------------------------------------------
+
+
+class MNISTClassifier(nn.Module):
+    """784 -> 1000 -> 2000 -> 10 with ReLU: 2,807,010 parameters. It knows nothing of LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(28 * 28, 1000)
+        self.linear2 = nn.Linear(1000, 2000)
+        self.linear3 = nn.Linear(2000, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, 10) of images (n, 784)."""
+        hidden = self.linear1(images).relu_()  # in place: one pass over memory less
+        hidden = self.linear2(hidden).relu_()
+        logits: Tensor = self.linear3(hidden)
+        return logits
+
+
+# --- LoRA -----------------------------------------------------------------------------------------
+
+
+class LoRAParametrization(nn.Module):
+    """W -> W + strength * (alpha / r) * B A  (Hu et al. 2021, section 4.1).
+
+    A parametrization is a module through which a layer reads its own weight W (out, in): the class
+    of the layer, and of the model around it, stays as it is. lora_A (r, in) starts random and
+    lora_B (out, r) at zero, so that training starts at exactly W.
+    """
+
+    def __init__(
+        self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        out_features, in_features = weight.shape
+        lora_A = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+        self.lora_A = nn.Parameter(lora_A.to(weight))  # drawn on the CPU: the same on any device
+        self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank))
+        self.scaling = alpha / rank
+        self.strength = 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight (out, in) that the layer uses; at strength 0 the frozen one itself."""
+        if self.strength == 0:
+            return weight
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.strength * self.scaling)
+
+
+def attach_lora(
+    model: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None
+) -> nn.Module:
+    """Freeze all of `model`, biases too, and attach LoRA to each of its linear layers, in place.
+
+    Raises ValueError if a layer cannot hold this rank or has a parametrization already.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        if not 1 <= rank <= min(layer.weight.shape):
+            raise ValueError(f"rank {rank}: {layer} holds 1 to {min(layer.weight.shape)}")
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"{layer} has a parametrization already")
+    model.requires_grad_(False)
+    for layer in layers:
+        lora = LoRAParametrization(layer.weight, rank, alpha, generator)
+        parametrize.register_parametrization(layer, "weight", lora)
+    return model
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRAParametrization]:
+    """The LoRA of each layer that has one, by the name of the layer."""
+    return {
+        name.removesuffix("parametrizations.weight.0").rstrip("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRAParametrization)
+    }
+
+
+def set_strength(model: nn.Module, strength: float) -> nn.Module:
+    """Turn the dial of each LoRA in `model`, in place: 0 is off, 1 is as it was trained."""
+    for lora in lora_layers(model).values():
+        lora.strength = strength
+    return model
+
+
+@contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """Switch LoRA off inside a `with` block, after which, error or not, all is as before."""
+    strengths = {lora: lora.strength for lora in lora_layers(model).values()}
+    set_strength(model, 0.0)
+    try:
+        yield
+    finally:
+        for lora, strength in strengths.items():
+            lora.strength = strength
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Write the weights that LoRA makes into the plain layers and remove LoRA, in place."""
+    for name in lora_layers(model):
+        parametrize.remove_parametrizations(model.get_submodule(name), "weight")
+    return model
+
+
+# --- Low rank -------------------------------------------------------------------------------------
+
+
+def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-r approximation B A of a matrix (m, n), by SVD (Eckart and Young 1936).
+
+    Returns B (m, r), which carries the singular values, A (r, n), and all the singular values:
+    the squares of those after the r-th add up to the squared error of B A.
+    Raises ValueError if the rank is not from 1 to min(m, n).
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"rank {rank}: {tuple(matrix.shape)} holds 1 to {min(matrix.shape)}")
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank] * S[:rank], Vh[:rank], S
+
+
+def energy_kept(singular_values: Tensor) -> list[float]:
+    """The share of the sum of squares that ranks 1, 2, ... keep, in [0, 1]."""
+    energy = singular_values.double().square().cumsum(0)
+    shares: list[float] = (energy / energy[-1]).nan_to_num(1.0).tolist()  # of zero, all is kept
+    return shares
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+progress = partial(tqdm, disable=None, leave=False, ncols=79)  # None: no bars in a log file
+
+
+class RunError(Exception):
+    """The experiment itself failed: training diverged, or a check does not hold."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, and what to lower where that diverges."""
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    to_lower: str
+
+
+def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
+    """Train whatever in `model` is not frozen, in place: the one loop of every stage.
+
+    Cross-entropy, Adam, a learning rate that falls linearly to zero, batches in an order drawn
+    from `seed`. Returns the bytes of the optimiser's state.
+    Raises RunError if the loss is not finite.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=recipe.lr, fused=True)
+    steps = recipe.epochs * math.ceil(len(split.images) / recipe.batch_size)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    generator = torch.Generator().manual_seed(seed)
+    with progress(total=steps, desc=recipe.name, unit="step") as bar:
+        for _ in range(recipe.epochs):
+            order = torch.randperm(len(split.images), generator=generator).to(split.images.device)
+            for batch in order.split(recipe.batch_size):
+                loss = F.cross_entropy(model(split.images[batch]), split.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                bar.update()
+                bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+                if not math.isfinite(loss.item()):
+                    where = f"the loss is {loss.item()} at step {bar.n} of {steps}"
+                    raise RunError(f"{recipe.name}: {where}; lower {recipe.to_lower}")
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+
+
+def count_trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def compute_logits(model: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
+    """Logits (n, 10), on the CPU, of images (n, 784) by a model that `recipe` trained.
+
+    Raises RunError if one of them is not finite.
+    """
+    with parametrize.cached():  # W + B A once, not once a chunk
+        logits = torch.cat([model(chunk) for chunk in images.split(1000)]).cpu()
+    if not logits.isfinite().all():
+        where = "a logit is not finite after the last step"
+        raise RunError(f"{recipe.name}: {where}; lower {recipe.to_lower}")
+    return logits
+
+
+def evaluate(model: nn.Module, data: Data, recipe: Recipe) -> Tensor:
+    """Logits (15000, 10) of the held-out images: validation first, then test."""
+    held_out = (data.validation.images, data.test.images)
+    return torch.cat([compute_logits(model, images, recipe) for images in held_out])
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in [0, 1], errors on each digit, and other digits' images called the target."""
+
+    accuracy: float
+    errors: list[int]
+    false_positives: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    validation: Score
+    test: Score
+
+
+def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
+    """Compare logits (n, 10) with labels (n,)."""
+    labels, predictions = labels.cpu(), logits.argmax(1)
+    wrong = predictions != labels
+    return Score(
+        accuracy=int((~wrong).sum()) / len(labels),
+        errors=torch.bincount(labels[wrong], minlength=10).tolist(),
+        false_positives=int((wrong & (predictions == digit)).sum()),
+    )
+
+
+def grade(logits: Tensor, data: Data, digit: int) -> Scores:
+    """Score the logits that `evaluate` returns."""
+    n = len(data.validation.labels)
+    validation = score(logits[:n], data.validation.labels, digit)
+    return Scores(validation, test=score(logits[n:], data.test.labels, digit))
+
+
+def interpolate(start: nn.Module, end: nn.Module, strength: float) -> nn.Module:
+    """A new model on the straight line between two (WiSE-FT, Wortsman et al. 2022)."""
+    model = copy.deepcopy(start)
+    with torch.no_grad():
+        for parameter, target in zip(model.parameters(), end.parameters(), strict=True):
+            parameter.lerp_(target, strength)
+    return model
+
+
+def choose(dial: Mapping[float, Scores], max_accuracy_drop: float) -> float:
+    """The furthest position of a dial that costs at most so many points of validation accuracy.
+
+    The dial's first position is off. The test set has no say.
+    """
+    off, *_ = dial.values()
+    least = off.validation.accuracy - max_accuracy_drop / 100 - 1e-9  # 1e-9: rounding is no cost
+    return max(at for at, scores in dial.items() if scores.validation.accuracy >= least)
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """A check that `python -O` does not remove."""
+    if not holds:
+        raise RunError(f"check failed: {otherwise}")
+
+
+def check_frozen(before: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Every tensor of the plain model is in the model with LoRA as it was, bit for bit."""
+    after = {
+        name.replace("parametrizations.weight.original", "weight"): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    for name, tensor in before.items():  # as bytes, since to floats 0.0 equals -0.0
+        same = name in after and torch.equal(
+            tensor.view(torch.uint8), after[name].view(torch.uint8)
+        )
+        require(same, f"the frozen tensor {name} is not what it was before fine-tuning")
+
+
+def check_off(baseline: Tensor, off: Tensor) -> None:
+    """With LoRA off, the logits are exactly the baseline's."""
+    differ = int((baseline != off).sum())
+    require(differ == 0, f"with LoRA off, {differ} of {off.numel()} logits are not the baseline's")
+
+
+def check_merged(lora: Tensor, merged: Tensor) -> None:
+    """Merged into plain weights, LoRA predicts the same."""
+    differ = int((lora.argmax(1) != merged.argmax(1)).sum())
+    require(differ == 0, f"merging LoRA changed {differ} of {len(lora)} predictions")
+
+
+def check_overhead(added: int, parameters: int, rank: int) -> float:
+    """LoRA adds at most 0.25 % of the parameters for each rank; returns the share."""
+    share, limit = added / parameters, 0.0025 * rank
+    require(
+        share <= limit, f"LoRA adds {100 * share:.3f} % of parameters, over {100 * limit:.2f} %"
+    )
+    return share
+
+
+# --- Experiment -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to treat the target digit: what it trains, what it ships, and how it scores."""
+
+    trainable_parameters: int
+    optimizer_bytes: int
+    file_bytes: int
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one seed found: numbers only, so that memory does not grow with the seeds."""
+
+    seed: int
+    methods: dict[str, Method]
+    parameter_overhead: float
+    lora_strength: float  # of lora_balanced
+    logit_bias: float
+    trade_off: dict[str, dict[float, Scores]]  # by method: its dial
+    update_energy: dict[str, list[float]]  # by layer: what ranks 1, 2, ... keep of full's update
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """What is saved and drawn of the first seed alone; logits are those of `evaluate`."""
+
+    baseline: nn.Module
+    lora: nn.Module
+    baseline_logits: Tensor
+    lora_logits: Tensor
+
+
+Timer = Callable[[str], AbstractContextManager[object]]
+
+
+def run_seed(settings: Settings, seed: int, data: Data, timed: Timer) -> tuple[Run, Artifacts]:
+    """The whole experiment for one seed; each of its stages runs inside `timed(stage)`."""
+    s, digit = settings, settings.digit
+    images = data.train.only(digit)
+    recipe = Recipe("baseline", s.epochs, s.batch_size, s.lr, "--lr")
+    lora_recipe = Recipe(
+        "LoRA", s.lora_epochs, s.lora_batch_size, s.lora_lr, "--lora-lr or --alpha"
+    )
+    full_recipe = replace(lora_recipe, name="full fine-tuning", lr=s.full_lr, to_lower="--full-lr")
+
+    with timed("baseline: train on all digits"):
+        torch.manual_seed(seed)  # nn.Linear draws its weights from torch's own generator
+        baseline = MNISTClassifier().to(images.images.device)
+        parameters = count_trainable(baseline)
+        baseline_bytes = train(baseline, data.train, recipe, seed)
+        baseline_logits = evaluate(baseline, data, recipe)
+
+    with timed(f"LoRA: train on {len(images.labels):,} images of {digit}"):
+        generator = torch.Generator().manual_seed(seed)
+        lora = attach_lora(copy.deepcopy(baseline), s.rank, s.alpha, generator)
+        added = count_trainable(lora)
+        lora_bytes = train(lora, images, lora_recipe, seed)
+
+    strengths = sorted({*STRENGTHS, s.strength or 0.0})
+    with timed(f"LoRA: turn the dial, {len(strengths)} strengths"):
+        lora_logits = {
+            strength: evaluate(set_strength(lora, strength), data, lora_recipe)
+            for strength in progress(strengths, desc="LoRA's dial")
+        }
+
+    with timed("LoRA: check"):
+        check_frozen(baseline.state_dict(), lora)
+        check_off(baseline_logits, lora_logits[0.0])
+        merged = merge_lora(copy.deepcopy(lora))
+        check_merged(lora_logits[1.0], evaluate(merged, data, lora_recipe))
+        overhead = check_overhead(added, parameters, s.rank)
+
+    with timed("full fine-tuning: train on LoRA's batches"):
+        full = copy.deepcopy(baseline)
+        full_bytes = train(full, images, full_recipe, seed)
+
+    with timed("full fine-tuning: the line to it, and its rank-1 part"):
+        full_logits = {0.0: baseline_logits}
+        for strength in progress(FULL_STRENGTHS, desc="line to full fine-tuning"):
+            full_logits[strength] = evaluate(
+                interpolate(baseline, full, strength), data, full_recipe
+            )
+        rank1 = attach_lora(copy.deepcopy(baseline), rank=1, alpha=1.0)
+        energy = {}
+        for name, layer in lora_layers(rank1).items():
+            before, after = (model.get_parameter(f"{name}.weight") for model in (baseline, full))
+            B, A, singular_values = factorize((after - before).detach().cpu(), rank=1)
+            layer.lora_B.data.copy_(B)
+            layer.lora_A.data.copy_(A)
+            energy[name] = energy_kept(singular_values)
+        rank1_scores = grade(evaluate(rank1, data, full_recipe), data, digit)
+
+    target = F.one_hot(torch.tensor(digit), 10)
+    biased_logits = {bias: baseline_logits + bias * target for bias in BIASES}
+    by_dial = {"lora": lora_logits, "logit_bias": biased_logits, "full": full_logits}
+    dials = {
+        name: {at: grade(logits, data, digit) for at, logits in dial.items()}
+        for name, dial in by_dial.items()
+    }
+    bias = choose(dials["logit_bias"], s.max_accuracy_drop)
+    strength = choose(dials["lora"], s.max_accuracy_drop) if s.strength is None else s.strength
+
+    model_size = len(to_bytes(baseline.state_dict()))
+    of_lora = partial(Method, added, lora_bytes, len(to_bytes(adapter_state(lora))))
+    methods = {
+        "baseline": Method(parameters, baseline_bytes, model_size, dials["logit_bias"][0.0]),
+        "lora": of_lora(dials["lora"][1.0]),
+        "lora_off": of_lora(dials["lora"][0.0]),
+        "lora_balanced": of_lora(dials["lora"][strength]),
+        "logit_bias": Method(1, 0, 4, dials["logit_bias"][bias]),
+        "full": Method(parameters, full_bytes, model_size, dials["full"][1.0]),
+        "full_rank1": Method(
+            parameters, full_bytes, len(to_bytes(adapter_state(rank1))), rank1_scores
+        ),
+    }
+    run = Run(seed, methods, overhead, strength, bias, dials, energy)
+    return run, Artifacts(baseline, lora, baseline_logits, lora_logits[1.0])
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method appears: the heading of its column, its colour and marker in the pictures."""
+
+    heading: tuple[str, str]
+    color: str
+    marker: str
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.heading).strip()
+
+
+LOOKS = {  # colours by Okabe and Ito, which colour-blind readers tell apart
+    "baseline": Look(("", "baseline"), "#999999", "o"),
+    "lora": Look(("", "LoRA"), "#0072b2", "s"),
+    "lora_balanced": Look(("balanced", "LoRA"), "#56b4e9", "D"),
+    "logit_bias": Look(("one biased", "logit"), "#e69f00", "^"),
+    "full": Look(("full", "fine-tune"), "#d55e00", "v"),
+    "full_rank1": Look(("its rank-1", "part"), "#cc79a7", "P"),
+}
+IMAGE_RANKS = [1, 2, 4, 8, 16, 28]
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over the seeds; 0 for one."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def number(values: Sequence[float], decimals: int = 0) -> str:
+    """One seed's value as it is, many seeds' as mean and standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.{decimals}f}"
+    decimals = max(decimals, 1)
+    return f"{fmean(values):.{decimals}f}±{deviation(values):.{decimals}f}"
+
+
+def seeds_text(runs: Sequence[Run]) -> str:
+    return f" (mean ± standard deviation of {len(runs)} seeds)" if len(runs) > 1 else ""
+
+
+def errors_on(digit: int, runs: Sequence[Run], name: str) -> list[float]:
+    """A method's errors on one digit of the test set, for each seed."""
+    return [run.methods[name].scores.test.errors[digit] for run in runs]
+
+
+def accuracies(runs: Sequence[Run], name: str) -> list[float]:
+    """A method's accuracy on the test set, in percent, for each seed."""
+    return [100 * run.methods[name].scores.test.accuracy for run in runs]
+
+
+def size(count: int) -> str:
+    for factor, unit in ((1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def results_table(digit: int, runs: Sequence[Run]) -> str:
+    """Errors, accuracy and costs, a column per method, 79 characters wide."""
+    false = [[run.methods[name].scores.test.false_positives for run in runs] for name in LOOKS]
+    costs = [runs[0].methods[name] for name in LOOKS]
+    rows = [
+        ("", [look.heading[0] for look in LOOKS.values()]),
+        ("errors on", [look.heading[1] for look in LOOKS.values()]),
+        *(
+            (f"{'====>' * (d == digit)} {d}", [number(errors_on(d, runs, name)) for name in LOOKS])
+            for d in range(10)
+        ),
+        ("accuracy, %", [number(accuracies(runs, name), 2) for name in LOOKS]),
+        (f"false {digit}s", [number(counts) for counts in false]),
+        ("trained", [f"{method.trainable_parameters:,}" for method in costs]),
+        ("optimiser", [size(method.optimizer_bytes) for method in costs]),
+        ("to ship", [size(method.file_bytes) for method in costs]),
+    ]
+    return "\n".join(
+        f"{label:>12} " + "".join(f"{cell:>11}" for cell in row) for label, row in rows
+    )
+
+
+def low_rank_table(energy: Sequence[float]) -> str:
+    rows = [f"{r:>12}{56 * r:>17}{100 * energy[r - 1]:>16.2f}" for r in IMAGE_RANKS]
+    return "\n".join([f"{'rank':>12}{'numbers stored':>17}{'energy kept, %':>16}", *rows])
+
+
+def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
+    """How accurate the control is where it leaves no more errors on the digit than LoRA does."""
+    control = []
+    for run in runs:
+        dial = [scores.test for scores in run.trade_off["logit_bias"].values()]
+        most = run.methods["lora"].scores.test.errors[digit]
+        control += [max((100 * s.accuracy for s in dial if s.errors[digit] <= most), default=0.0)]
+    lora = accuracies(runs, "lora")
+    gap = fmean(control) - fmean(lora)
+    verdict = "more than" if gap > 0.05 else "less than" if gap < -0.05 else "as much as"
+    return (
+        f"With as few errors on {digit}, one number added to one logit keeps {verdict} LoRA:\n"
+        f"{number(control, 1)} % overall against {number(lora, 1)} %"
+    )
+
+
+def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
+    """Errors on each digit: a panel per method, beside the baseline's bars."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, (name, look) in zip(panels.flat, LOOKS.items(), strict=True):
+        axes.axvspan(digit - 0.5, digit + 0.5, color="#fff3b0", zorder=0)
+        shifts = {"baseline": -0.21, name: 0.21} if name != "baseline" else {name: 0.0}
+        for which, shift in shifts.items():
+            columns = [errors_on(d, runs, which) for d in range(10)]
+            axes.bar(
+                [d + shift for d in range(10)],
+                [fmean(values) for values in columns],
+                yerr=[deviation(values) for values in columns] if len(runs) > 1 else None,
+                width=0.42,
+                color=LOOKS[which].color,
+                edgecolor="black",
+                linewidth=0.5,
+                error_kw={"elinewidth": 0.8},
+            )
+        errors, accuracy = number(errors_on(digit, runs, name)), number(accuracies(runs, name), 1)
+        title = f"{look.name}: {errors} errors on {digit},\n{accuracy} % right overall"
+        axes.set_title(title, fontsize=10)
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_yticks([0, 10, 100, 1000], ["0", "10", "100", "1000"])
+    axes.set_ylim(0, 1200)
+    axes.set_xticks(range(10))
+    figure.supxlabel("digit in the image", fontsize=10)
+    figure.supylabel("errors on the test images (grey: baseline)", fontsize=10)
+    before, after = (fmean(errors_on(digit, runs, name)) for name in ("baseline", "lora"))
+    cost = fmean(accuracies(runs, "baseline")) - fmean(accuracies(runs, "lora"))
+    title = (
+        f"LoRA leaves {after:.0f} of {before:.0f} errors on {digit}, for {cost:.1f} points overall"
+    )
+    figure.suptitle(title + seeds_text(runs))
+    return figure
+
+
+def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
+    """Accuracy against errors on the digit: a curve per dial, and the chosen points."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    labels = {
+        "lora": "LoRA, strength 0 to 1",
+        "logit_bias": "control: one number added to one logit",
+        "full": "straight line to full fine-tuning",
+    }
+    lowest = 100.0
+    for name, label in labels.items():
+        scores = [[run.trade_off[name][at].test for run in runs] for at in runs[0].trade_off[name]]
+        x = [[float(score.errors[digit]) for score in seeds] for seeds in scores]
+        y = [[100 * score.accuracy for score in seeds] for seeds in scores]
+        if name != "logit_bias":  # that dial goes on until nearly all is called the digit
+            lowest = min([lowest, *(fmean(values) for values in y)])
+        axes.errorbar(
+            [fmean(values) for values in x],
+            [fmean(values) for values in y],
+            xerr=[deviation(values) for values in x] if len(runs) > 1 else None,
+            yerr=[deviation(values) for values in y] if len(runs) > 1 else None,
+            elinewidth=0.5,
+            color=LOOKS[name].color,
+            marker=LOOKS[name].marker,
+            markersize=5,
+            label=label,
+        )
+    chosen = {"baseline": (-50, -24), "lora_balanced": (14, -18), "logit_bias": (-100, 14)}
+    for name, place in chosen.items():
+        point = fmean(errors_on(digit, runs, name)), fmean(accuracies(runs, name))
+        axes.plot(*point, LOOKS[name].marker, markersize=13, mfc="none", mec="black", mew=1.5)
+        axes.annotate(LOOKS[name].name, point, place, textcoords="offset points")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=lowest - 1)
+    axes.set_xlabel(f"errors on {digit}, test images (fewer is better)")
+    axes.set_ylabel("accuracy over all digits, % (more is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.suptitle(compare_with_control(digit, runs) + seeds_text(runs))
+    return figure
+
+
+def mean_energy(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """By layer, what ranks 1, 2, ... keep of full fine-tuning's update: the mean over seeds."""
+    by_layer = {name: [run.update_energy[name] for run in runs] for name in runs[0].update_energy}
+    return {
+        name: [fmean(kept) for kept in zip(*seeds, strict=True)] for name, seeds in by_layer.items()
+    }
+
+
+def draw_low_rank(digit: int, image: Tensor, runs: Sequence[Run]) -> Figure:
+    """An image (28, 28) at several ranks; below, how few ranks hold what full fine-tuning did."""
+    figure = Figure(figsize=(10, 6.6), layout="constrained")
+    grid = figure.add_gridspec(2, len(IMAGE_RANKS), height_ratios=[1, 1.6])
+    B, A, singular_values = factorize(image, rank=28)
+    kept = energy_kept(singular_values)
+    for column, rank in enumerate(IMAGE_RANKS):
+        axes = figure.add_subplot(grid[0, column])
+        axes.imshow(B[:, :rank] @ A[:rank], cmap="gray_r", vmin=0, vmax=1)
+        text = f"rank {rank}\n{56 * rank} numbers\n{100 * kept[rank - 1]:.1f} % of energy"
+        axes.set_title(text, fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    axes = figure.add_subplot(grid[1, :])
+    energy = mean_energy(runs)
+    for (layer, shares), style, color in zip(
+        energy.items(), ("o-", "s--", "^:"), ("#0072b2", "#d55e00", "#009e73"), strict=True
+    ):
+        ranks, percents = range(1, len(shares) + 1), [100 * share for share in shares]
+        label = f"{layer}: rank 1 of {len(shares)} holds {100 * shares[0]:.0f} %"
+        axes.plot(
+            ranks, percents, style, color=color, lw=2, markersize=8, markevery=[0], label=label
+        )
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 100, 1000], ["1", "2", "5", "10", "100", "1000"])
+    axes.set_ylim(0, 104)
+    axes.set_xlabel("rank kept of what full fine-tuning added to a layer's weights")
+    axes.set_ylabel("share of its energy, %" + (", mean over seeds" if len(runs) > 1 else ""))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    least = min(shares[0] for shares in energy.values())
+    figure.suptitle(
+        f"An image of {digit} takes several ranks; of what fine-tuning on {digit} adds to a layer, "
+        f"one rank holds {math.floor(100 * least)} % or more"
+    )
+    return figure
+
+
+def pixels(image: Tensor) -> Tensor:
+    """A normalised image (784,) as it was: (28, 28), in [0, 1]."""
+    return (image.cpu() * STD + MEAN).view(28, 28)
+
+
+def draw_examples(digit: int, test: Split, first: Artifacts, seed: int) -> Figure:
+    """Test images that LoRA corrects, and images that it spoils: up to eight of each."""
+    labels = test.labels.cpu()
+    both = (first.baseline_logits, first.lora_logits)
+    baseline, lora = (logits[-len(labels) :].argmax(1) for logits in both)
+    corrected = (labels == digit) & (baseline != digit) & (lora == digit)
+    spoiled = (labels != digit) & (baseline != digit) & (lora == digit)
+    rows = (
+        (
+            corrected,
+            baseline,
+            f"images of {digit} that LoRA corrects; above, what the baseline said",
+        ),
+        (spoiled, labels, f"other digits that LoRA now calls {digit}; above, what they are"),
+    )
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    halves: Any = figure.subfigures(2, 1)
+    for half, (which, titles, text) in zip(halves, rows, strict=True):
+        indices = which.nonzero().flatten().tolist()
+        half.suptitle(f"{len(indices)} {text} (seed {seed})", fontsize=11)
+        for column, index in enumerate(indices[:8]):
+            axes = half.add_subplot(1, 8, column + 1)
+            axes.imshow(pixels(test.images[index]), cmap="gray_r", vmin=0, vmax=1)
+            axes.set_title(f"{titles[index]}")
+            axes.axis("off")
+    return figure
+
+
+def to_bytes(state: Mapping[str, Tensor]) -> bytes:
+    """What torch.save writes: into memory, since into a file it writes the file's name too."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
+    return buffer.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """LoRA's tensors by the names that Hugging Face PEFT reads ("PEFT checkpoint format")."""
+    return {
+        f"base_model.model.{name}.{matrix}.weight": getattr(lora, matrix).detach()
+        for name, lora in lora_layers(model).items()
+        for matrix in ("lora_A", "lora_B")
+    }
+
+
+def adapter_config(settings: Settings, model: nn.Module) -> dict[str, Any]:
+    """What PEFT reads beside the tensors."""
+    return {
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": list(lora_layers(model)),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> dict[str, Any]:
+    """What metrics.json holds: no date, no time and no folder, so that runs can be compared."""
+
+    def method(m: Method) -> dict[str, Any]:
+        costs = {key: value for key, value in vars(m).items() if key != "scores"}
+        return {**costs, **vars(m.scores.test), "validation": vars(m.scores.validation)}
+
+    def point(dial: str, at: float, scores: Scores) -> dict[str, float]:
+        return {
+            "bias" if dial == "logit_bias" else "strength": at,
+            "accuracy": scores.test.accuracy,
+            "target_errors": scores.test.errors[settings.digit],
+            "validation_accuracy": scores.validation.accuracy,
+            "validation_target_errors": scores.validation.errors[settings.digit],
+        }
+
+    def entry(run: Run) -> dict[str, Any]:
+        return {
+            "seed": run.seed,
+            "methods": {name: method(m) for name, m in run.methods.items()},
+            "checks": {  # one that did not hold would have ended the run
+                "frozen_weights_unchanged": True,
+                "lora_off_equals_baseline": True,
+                "merged_equals_lora": True,
+                "parameter_overhead": run.parameter_overhead,
+            },
+            "lora_strength": run.lora_strength,
+            "logit_bias": run.logit_bias,
+            "update_energy_rank1": {name: kept[0] for name, kept in run.update_energy.items()},
+            "trade_off": {
+                dial: [point(dial, at, scores) for at, scores in points.items()]
+                for dial, points in run.trade_off.items()
+            },
+        }
+
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    config = {key: value for key, value in asdict(settings).items() if not key.endswith("_dir")}
+    return {"config": config, "environment": environment, "runs": [entry(run) for run in runs]}
+
+
+def print_settings(settings: Settings, device: torch.device) -> None:
+    s = settings
+    seeds = f"seed {s.seed}" if s.seeds == 1 else f"seeds {s.seed} to {s.seed + s.seeds - 1}"
+    print(f"LoRA on MNIST: digit {s.digit}, rank {s.rank}, alpha {s.alpha:g}, {seeds}")
+    for name, epochs, batch, lr in (
+        ("baseline", s.epochs, s.batch_size, s.lr),
+        ("LoRA", s.lora_epochs, s.lora_batch_size, s.lora_lr),
+        ("full fine-tuning", s.lora_epochs, s.lora_batch_size, s.full_lr),
+    ):
+        print(f"  {name:<18}epochs {epochs}, batch {batch}, learning rate {lr:g}")
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"  {'device':<18}{device}{threads}, torch {torch.__version__}")
+
+
+def print_results(settings: Settings, runs: Sequence[Run], image_energy: Sequence[float]) -> None:
+    digit, several = settings.digit, len(runs) > 1
+    of_seeds = f" of {len(runs)} seeds"
+    parameters, added = (
+        runs[0].methods[name].trainable_parameters for name in ("baseline", "lora")
+    )
+    print("\nchecks" + (f", each of them for each{of_seeds}" if several else ""))
+    print(f"  ok  no frozen weight moved: {parameters:,} values are the same, bit for bit")
+    print("  ok  with LoRA off, the logits are exactly the baseline's")
+    print("  ok  merged into plain weights, LoRA predicts the same")
+    print(f"  ok  LoRA adds {added:,} parameters: +{100 * runs[0].parameter_overhead:.3f} %")
+
+    print(f"\nresults on the 10,000 test images{seeds_text(runs)}\n{results_table(digit, runs)}\n")
+    baselines = [run.methods["baseline"].scores.test.errors for run in runs]
+    worst = Counter(errors.index(max(errors)) for errors in baselines).most_common()
+    names = ", ".join(f"{d}" + f" (in {times}{of_seeds})" * several for d, times in worst)
+    print(f"The baseline's worst digit: {names}.")
+    strength = number([run.lora_strength for run in runs], 1)
+    bias = number([run.logit_bias for run in runs], 2)
+    print(f"Balanced, by validation: LoRA at strength {strength}, a bias of {bias} on the logit.")
+    print(compare_with_control(digit, runs) + ".")
+
+    print(f"\na test image of {digit}, 784 pixels, as B (28 x r) times A (r x 28), by SVD")
+    print(low_rank_table(image_energy))
+    shares = ", ".join(
+        f"{layer} {100 * kept[0]:.0f} %" for layer, kept in mean_energy(runs).items()
+    )
+    print(f"Of full fine-tuning's update, rank 1 holds this share of the energy:\n{shares}.")
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Something that the user can mend: an option, a data file, a folder."""
+
+
+LARGEST_SEED = 2**63 - 1
+COUNT = ("a whole number from 1 up", lambda value: value >= 1)
+POSITIVE = ("a finite number above 0", lambda value: 0 < value < math.inf)
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "digit": ("a digit from 0 to 9", lambda value: 0 <= value <= 9),
+    "rank": ("1 to 10, which the smallest layer can hold", lambda value: 1 <= value <= 10),
+    "seed": ("a whole number from 0 to 2^63 - 1", lambda value: 0 <= value <= LARGEST_SEED),
+    **dict.fromkeys(("seeds", "epochs", "batch_size", "lora_epochs", "lora_batch_size"), COUNT),
+    **dict.fromkeys(("alpha", "lr", "lora_lr", "full_lr"), POSITIVE),
+    "strength": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "max_accuracy_drop": ("a number from 0 to 100", lambda value: 0 <= value <= 100),
+    "device": ("auto, cpu, cuda or mps", lambda value: value in ("auto", "cpu", "cuda", "mps")),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, printed by `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def parse(arguments: Sequence[str] | None) -> Settings:
+    """The settings that the command line asks for. Raises InputError if one is not allowed."""
+    parser = Parser(description="LoRA on MNIST, in one script.", allow_abbrev=False)
+    parser._negative_number_matcher = re.compile("-[^-]")  # "--lr -inf" is a bad value, no option
+    for setting in fields(Settings):
+        kind = float if setting.default is None else type(setting.default)
+        allowed, holds = ALLOWED.get(setting.name, ("a path", bool))
+
+        def value(text: str, kind: Any = kind, allowed: str = allowed, holds: Any = holds) -> Any:
+            try:
+                if holds(kind(text)):
+                    return kind(text)
+            except ValueError:
+                pass
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give {allowed}")
+
+        help = setting.metadata["help"]
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=value,
+            default=setting.default,
+            metavar=kind.__name__.upper().removeprefix("POSIX"),
+            help=help if setting.default is None else f"{help} (default: {setting.default})",
+        )
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    if settings.seed + settings.seeds - 1 > LARGEST_SEED:
+        asked = f"--seed {settings.seed} --seeds {settings.seeds}"
+        raise InputError(f"{asked}: the last seed is above 2^63 - 1, give a lower --seed")
+    return settings
+
+
+def make_repeatable() -> None:
+    """The same command on the same machine gives the same bytes."""
+    # Before torch does anything, so that its threads inherit it: Adam's moments of dead units decay
+    # into denormal numbers, with which a CPU is several times slower.
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA refuses
+    torch.use_deterministic_algorithms(True)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}[name]:
+        raise InputError(f"--device {name}: there is none here, give auto or cpu")
+    return torch.device(name)
+
+
+EXTRACTED = {  # MD5 sums, since torchvision verifies the archives alone
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def read_data(folder: Path, device: torch.device) -> Data:
+    """`load_mnist`, with an InputError that says which file to mend."""
+    raw = folder / "MNIST" / "raw"
+    try:
+        for name, md5 in EXTRACTED.items():
+            if (raw / name).exists() and not check_integrity(raw / name, md5):
+                raise InputError(f"{raw / name} is damaged: delete it, to extract it anew")
+        return load_mnist(folder, device)
+    except (RuntimeError, OSError) as error:
+        wrong = [
+            f"{name} is {'damaged' if (raw / name).exists() else 'missing'}"
+            for name, md5 in MNIST.resources
+            if not check_integrity(raw / name, md5)
+        ]
+        if not wrong:
+            raise InputError(f"--data-dir {folder}: {error}") from error
+        four = ", ".join(name for name, _ in MNIST.resources)
+        raise InputError(
+            f"{raw}: {', '.join(wrong)}, no download; put the four archives there: {four}"
+        ) from error
+
+
+def check_batches(settings: Settings, data: Data) -> None:
+    for option, batch, split in (
+        ("--batch-size", settings.batch_size, data.train),
+        ("--lora-batch-size", settings.lora_batch_size, data.train.only(settings.digit)),
+    ):
+        if batch > len(split.labels):
+            raise InputError(f"{option} {batch}: give at most {len(split.labels)}, all the images")
+
+
+def prepare_output(folder: Path) -> None:
+    """Find out before training whether the results can be saved."""
+    try:
+        for place in (folder, folder / "adapter"):
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: {error.strerror}, give another folder") from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all under temporary names, then rename: each file is the old one or the new one."""
+    parts = {folder / f"{name}.part": folder / name for name in files}
+    try:
+        for part, content in zip(parts, files.values(), strict=True):
+            part.write_bytes(content)
+        for part, path in parts.items():
+            part.replace(path)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: {error.strerror}, give another folder") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    print(f"  {stage:<60}{time.perf_counter() - start:8.1f} s")
+
+
+def run_experiment(settings: Settings) -> None:
+    make_repeatable()
+    device = pick_device(settings.device)
+    prepare_output(settings.output_dir)
+    print_settings(settings, device)
+    print("\nstages")
+    with timed("data: read MNIST"):
+        data = read_data(settings.data_dir, device)
+    check_batches(settings, data)
+
+    runs: list[Run] = []
+    several = settings.seeds > 1
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    for seed in progress(seeds, desc="seeds", unit="seed", disable=None if several else True):
+        with timed(f"seed {seed}") if several else nullcontext():
+            run, artifacts = run_seed(settings, seed, data, nullcontext if several else timed)
+        if not runs:
+            first = artifacts
+        runs.append(run)
+
+    digit, test = settings.digit, data.test
+    image = pixels(test.only(digit).images[0])
+    drawings: dict[str, Callable[[], Figure]] = {
+        "error_counts.png": lambda: draw_errors(digit, runs),
+        "trade_off.png": lambda: draw_trade_off(digit, runs),
+        "low_rank.png": lambda: draw_low_rank(digit, image, runs),
+        "examples.png": lambda: draw_examples(digit, test, first, settings.seed),
+    }
+    with timed("pictures: draw"):
+        files = {name: to_png(draw()) for name, draw in progress(drawings.items(), desc="pictures")}
+    files["metrics.json"] = to_json(metrics(settings, device, runs))
+    files["baseline.pt"] = to_bytes(first.baseline.state_dict())
+    files["adapter/adapter_config.json"] = to_json(adapter_config(settings, first.lora))
+    files["adapter/adapter_model.bin"] = to_bytes(adapter_state(first.lora))
+    write_files(settings.output_dir, files)
+    print_results(settings, runs, energy_kept(torch.linalg.svdvals(image)))
+    print("\nfiles", *(settings.output_dir / name for name in files), sep="\n  ")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        settings = parse(arguments)
+        run_experiment(settings)
+        return 0
+    except InputError as error:
+        status, message = 2, str(error)
+    except RunError as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = (130, f"interrupted: {settings.output_dir} holds what it held before")
+    except BrokenPipeError:  # as in "python main.py | head": the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    print("main.py:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
