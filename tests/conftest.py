@@ -1,0 +1,83 @@
+"""What the tests share: small data, and one whole run of the script as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main
+
+SCRIPT = Path(main.__file__).resolve()
+RAW = main.DATA_DIR / "MNIST" / "raw"
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    folder: Path  # the current folder of the run, with its outputs
+    stdout: str
+    stderr: str
+    metrics: dict[str, Any]
+    data_before: dict[str, tuple[int, int]]  # of each file of data/: size and time of change
+    data_after: dict[str, tuple[int, int]]
+
+
+def data_files() -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in RAW.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def mnist() -> main.Data:
+    """The real data, extracted by the first test that asks for it."""
+    main.make_repeatable()
+    return main.read_data(main.DATA_DIR, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(mnist: main.Data, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """`python -O /path/to/main.py > log` in another folder, with no display."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    hidden = ("MPLBACKEND", "DISPLAY", "WAYLAND_DISPLAY")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    before = data_files()
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-O", str(SCRIPT)],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    return WholeRun(
+        folder=folder,
+        stdout=(folder / "log").read_text(),
+        stderr=done.stderr,
+        metrics=json.loads((folder / "outputs" / "metrics.json").read_text()),
+        data_before=before,
+        data_after=data_files(),
+    )
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, mnist: main.Data) -> main.Data:
+    """The command line reads a few hundred images of MNIST, so that a whole run takes a second."""
+
+    def first(split: main.Split, n: int) -> main.Split:
+        return main.Split(split.images[:n].clone(), split.labels[:n].clone())
+
+    data = main.Data(first(mnist.train, 600), first(mnist.validation, 150), first(mnist.test, 250))
+    monkeypatch.setattr(main, "read_data", lambda folder, device: data)
+    return data
+
+
+SMALL = ["--batch-size", "100", "--lora-batch-size", "20"]

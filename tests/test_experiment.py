@@ -1,0 +1,123 @@
+"""Chapter "Experiment", on a few hundred real images and for every digit."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+import main
+
+# rates at which a handful of steps already shows
+SETTINGS = main.Settings(batch_size=100, lora_batch_size=20, lora_lr=0.02, full_lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def data(mnist: main.Data) -> main.Data:
+    def first(split: main.Split, n: int) -> main.Split:
+        return main.Split(split.images[:n], split.labels[:n])
+
+    return main.Data(first(mnist.train, 600), first(mnist.validation, 150), first(mnist.test, 250))
+
+
+@pytest.mark.parametrize("digit", range(10))
+def test_every_digit_gives_every_method_and_pictures(digit: int, data: main.Data) -> None:
+    settings = replace(SETTINGS, digit=digit)
+    run, _ = main.run_seed(settings, 0, data, nullcontext)
+    methods = run.methods
+    assert methods.keys() == {
+        "baseline",
+        "lora",
+        "lora_off",
+        "lora_balanced",
+        "logit_bias",
+        "full",
+        "full_rank1",
+    }
+    trained = {name: method.trainable_parameters for name, method in methods.items()}
+    assert trained["baseline"] == trained["full"] == 2_807_010
+    assert trained["lora"] == 6_794
+    assert trained["logit_bias"] == 1
+    assert methods["lora_off"].scores == methods["baseline"].scores
+    # training on the digit alone moves predictions towards it
+    for name in ("lora", "full"):
+        before, after = methods["baseline"].scores.test, methods[name].scores.test
+        assert after.errors[digit] <= before.errors[digit]
+        assert after.false_positives > before.false_positives
+    assert list(run.update_energy) == ["linear1", "linear2", "linear3"]
+    assert [len(kept) for kept in run.update_energy.values()] == [784, 1000, 10]
+    assert all(0 < kept[0] < 1 == pytest.approx(kept[-1]) for kept in run.update_energy.values())
+    assert list(run.trade_off["lora"]) == [i / 10 for i in range(11)]
+    for name, strength in (("baseline", 0.0), ("full", 1.0)):
+        assert run.trade_off["full"][strength] == methods[name].scores
+    assert run.trade_off["lora"][run.lora_strength] == methods["lora_balanced"].scores
+    assert run.trade_off["logit_bias"][run.logit_bias] == methods["logit_bias"].scores
+
+
+@pytest.mark.parametrize("digit", [0, 4])
+def test_pictures_are_drawn_for_other_digits_and_several_seeds(digit: int, data: main.Data) -> None:
+    settings = replace(SETTINGS, digit=digit)
+    runs, artifacts = zip(
+        *(main.run_seed(settings, seed, data, nullcontext) for seed in (0, 1)), strict=True
+    )
+    image = main.pixels(data.test.only(digit).images[0])
+    for figure in (
+        main.draw_errors(digit, runs),
+        main.draw_trade_off(digit, runs),
+        main.draw_low_rank(digit, image, runs),
+        main.draw_examples(digit, data.test, artifacts[0], 0),
+    ):
+        assert main.to_png(figure).startswith(b"\x89PNG")
+        width, height = figure.get_size_inches() * figure.dpi
+        for text in [*figure.texts, *(axes.title for axes in figure.axes)]:
+            box = text.get_window_extent()
+            assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height, text
+
+
+def test_full_rank1_is_the_best_rank_1_part_of_the_update(data: main.Data, monkeypatch) -> None:
+    seen = []
+    factorize = main.factorize
+
+    def watch(matrix: torch.Tensor, rank: int):
+        seen.append((tuple(matrix.shape), rank, factorize(matrix, rank)))
+        return seen[-1][2]
+
+    evaluated = {}
+    evaluate = main.evaluate
+
+    def remember(model, data, recipe):
+        evaluated["last"] = model
+        return evaluate(model, data, recipe)
+
+    monkeypatch.setattr(main, "factorize", watch)
+    monkeypatch.setattr(main, "evaluate", remember)
+    _, artifacts = main.run_seed(SETTINGS, 0, data, nullcontext)
+    assert [shape for shape, _, _ in seen] == [(1000, 784), (2000, 1000), (10, 2000)]
+    for name, (_, rank, (B, A, _)) in zip(("linear1", "linear2", "linear3"), seen, strict=True):
+        assert rank == 1
+        weight = artifacts.baseline.get_parameter(f"{name}.weight")
+        torch.testing.assert_close(evaluated["last"].get_submodule(name).weight, weight + B @ A)
+
+
+def test_a_strength_that_is_given_is_not_chosen(data: main.Data) -> None:
+    run, _ = main.run_seed(replace(SETTINGS, strength=0.55), 0, data, nullcontext)
+    assert run.lora_strength == 0.55
+    assert len(run.trade_off["lora"]) == 12
+    assert run.methods["lora_balanced"].scores == run.trade_off["lora"][0.55]
+
+
+def test_the_control_adds_its_bias_to_one_logit(data: main.Data) -> None:
+    run, artifacts = main.run_seed(SETTINGS, 0, data, nullcontext)
+    logits = artifacts.baseline_logits.clone()
+    logits[:, 9] += 2.5
+    assert run.trade_off["logit_bias"][2.5] == main.grade(logits, data, 9)
+
+
+def test_picture_of_examples_with_none_to_show(data: main.Data) -> None:
+    right = torch.nn.functional.one_hot(data.test.labels, 10).float()
+    nothing = main.Artifacts(torch.nn.Identity(), {}, right, right)
+    figure = main.draw_examples(9, data.test, nothing, seed=0)
+    assert main.to_png(figure).startswith(b"\x89PNG")
+    assert not figure.axes

@@ -1,0 +1,121 @@
+"""Chapter "Report": numbers, the table, and files."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+
+
+def score(accuracy: float, errors: int) -> main.Score:
+    return main.Score(accuracy, [errors] * 10, false_positives=errors)
+
+
+def run(seed: int, lora: int = 4, shift: float = 0.0) -> main.Run:
+    """A run whose control has 20, 10, 4 and 0 errors on each digit, at 97, 96, 94 and 80 %."""
+
+    def scores(accuracy: float, errors: int) -> main.Scores:
+        return main.Scores(score(accuracy, errors), score(accuracy + shift, errors))
+
+    dial = {0.0: scores(0.97, 20), 1.0: scores(0.96, 10), 2.0: scores(0.94, 4), 3.0: scores(0.8, 0)}
+    method = main.Method(2_807_010, 22_456_104, 11_230_437, scores(0.92, lora))
+    return main.Run(
+        seed=seed,
+        methods=dict.fromkeys([*main.LOOKS, "lora_off"], method),
+        parameter_overhead=0.00242,
+        lora_strength=0.5,
+        logit_bias=2.5,
+        trade_off={"lora": dial, "logit_bias": dial, "full": dial},
+        update_energy={"linear1": [0.5, 1.0], "linear2": [0.6, 1.0], "linear3": [0.9, 1.0]},
+    )
+
+
+def test_number_is_a_value_or_mean_and_sample_deviation() -> None:
+    assert main.number([40]) == "40"
+    assert main.number([97.409], 2) == "97.41"
+    assert main.number([1, 2, 3]) == "2.0±1.0"
+    assert main.number([1, 2, 3], 2) == "2.00±1.00"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(4, "4 B"), (30_000, "30.0 kB"), (11_230_437, "11.2 MB")]
+)
+def test_size(count: int, text: str) -> None:
+    assert main.size(count) == text
+
+
+@pytest.mark.parametrize("runs", [[run(0, 1000)], [run(seed, 1000 + seed) for seed in range(20)]])
+@pytest.mark.parametrize("digit", [0, 9])
+def test_the_table_is_aligned_and_fits_80_columns(runs: list[main.Run], digit: int) -> None:
+    lines = main.results_table(digit, runs).splitlines()
+    assert {len(line) for line in lines} == {79}
+    assert len(lines) == 17
+    (marked,) = [line for line in lines if "===>" in line]
+    assert marked.split()[:2] == ["====>", str(digit)]
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        (4, "more than LoRA:\n94.0 % overall against 92.0 %"),
+        (3, "less than LoRA:\n80.0 % overall against 92.0 %"),
+        (30, "more than LoRA:\n97.0 % overall against 92.0 %"),
+    ],
+)
+def test_the_control_is_compared_at_loras_errors(lora: int, sentence: str) -> None:
+    assert sentence in main.compare_with_control(9, [run(0, lora)])
+
+
+def test_the_comparison_can_be_a_draw_or_impossible() -> None:
+    drawn = run(0, 4)
+    drawn.trade_off["logit_bias"] = {2.0: drawn.methods["lora"].scores}
+    assert "as much as LoRA" in main.compare_with_control(9, [drawn])
+    drawn.trade_off["logit_bias"].clear()
+    assert "dial ends before" in main.compare_with_control(9, [run(0), drawn])
+
+
+def test_metrics_have_no_folder_and_both_scores() -> None:
+    content = main.metrics(main.Settings(), torch.device("cpu"), [run(3, shift=0.01)])
+    assert "data_dir" not in content["config"]
+    assert content["config"]["lora_lr"] == main.Settings().lora_lr
+    (entry,) = content["runs"]
+    assert entry["methods"]["lora"]["accuracy"] == 0.93
+    assert entry["methods"]["lora"]["validation"]["accuracy"] == 0.92
+    assert entry["trade_off"]["logit_bias"][1] == {
+        "bias": 1.0,
+        "accuracy": 0.97,
+        "target_errors": 10,
+        "validation_accuracy": 0.96,
+        "validation_target_errors": 10,
+    }
+    assert "strength" in entry["trade_off"]["full"][0]
+    assert entry["update_energy_rank1"] == {"linear1": 0.5, "linear2": 0.6, "linear3": 0.9}
+
+
+def test_mean_energy_is_taken_over_seeds() -> None:
+    other = run(1)
+    other.update_energy["linear1"] = [0.7, 1.0]
+    assert main.mean_energy([run(0), other])["linear1"] == pytest.approx([0.6, 1.0])
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "first").write_bytes(b"old")
+    (tmp_path / "second").write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: the second is too big
+    try:
+        with pytest.raises(main.InputError, match=str(tmp_path)):
+            main.write_files(tmp_path, {"first": b"new", "second": bytes(2000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "first": b"old",
+        "second": b"old",
+    }
+    main.write_files(tmp_path, {"first": b"new"})
+    assert (tmp_path / "first").read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,105 @@
+"""The claims of the project, held against one whole run of the script on the real data."""
+
+from __future__ import annotations
+
+import torch
+from conftest import WholeRun
+from peft import PeftModel
+
+import main
+
+
+def test_the_bars_of_the_experiment(whole_run: WholeRun) -> None:
+    (run,) = whole_run.metrics["runs"]
+    methods = run["methods"]
+    baseline, lora, balanced = (methods[name] for name in ("baseline", "lora", "lora_balanced"))
+    assert baseline["accuracy"] >= 0.97
+    assert max(baseline["errors"]) == baseline["errors"][9]
+    assert lora["accuracy"] >= 0.90
+    assert lora["errors"][9] <= 0.12 * baseline["errors"][9]
+    assert balanced["accuracy"] >= baseline["accuracy"] - 0.015
+    assert balanced["errors"][9] <= 0.45 * baseline["errors"][9]
+    assert methods["lora_off"]["errors"] == baseline["errors"]
+    # full fine-tuning's rate was chosen so that it is no worse than LoRA on validation
+    assert methods["full"]["validation"]["accuracy"] >= lora["validation"]["accuracy"]
+    assert min(run["update_energy_rank1"].values()) > 0.5
+    assert run["checks"] == {
+        "frozen_weights_unchanged": True,
+        "lora_off_equals_baseline": True,
+        "merged_equals_lora": True,
+        "parameter_overhead": 6_794 / 2_807_010,
+    }
+
+
+def test_scores_agree_with_each_other(whole_run: WholeRun) -> None:
+    (run,) = whole_run.metrics["runs"]
+    for name, method in run["methods"].items():
+        assert round((1 - method["accuracy"]) * 10_000) == sum(method["errors"]), name
+        assert round((1 - method["validation"]["accuracy"]) * 5_000) == sum(
+            method["validation"]["errors"]
+        )
+        assert method["false_positives"] <= sum(method["errors"]) - method["errors"][9]
+    ends = {point["strength"]: point for point in run["trade_off"]["lora"]}
+    assert ends[0.0]["accuracy"] == run["methods"]["baseline"]["accuracy"]
+    assert ends[1.0]["target_errors"] == run["methods"]["lora"]["errors"][9]
+
+
+def test_the_balanced_methods_were_chosen_on_validation(whole_run: WholeRun) -> None:
+    (run,) = whole_run.metrics["runs"]
+    for dial, key, chosen in (
+        ("lora", "strength", run["lora_strength"]),
+        ("logit_bias", "bias", run["logit_bias"]),
+    ):
+        points = run["trade_off"][dial]
+        least = points[0]["validation_accuracy"] - 0.01
+        allowed = [p[key] for p in points if p["validation_accuracy"] >= least - 1e-9]
+        assert chosen == max(allowed)
+
+
+def test_what_it_prints(whole_run: WholeRun) -> None:
+    lines = whole_run.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("  ok  ") for line in lines) == 4
+    assert any("2,807,010 values are the same" in line for line in lines)
+    assert any("6,794 parameters: +0.242 %" in line for line in lines)
+    (row,) = [line for line in lines if line.strip().startswith("accuracy")]
+    accuracy = whole_run.metrics["runs"][0]["methods"]["baseline"]["accuracy"]
+    assert f"{100 * accuracy:.2f}" in row
+    assert "\r" not in whole_run.stdout + whole_run.stderr  # no bars in a file
+    assert "Traceback" not in whole_run.stderr
+
+
+def test_files(whole_run: WholeRun) -> None:
+    outputs = whole_run.folder / "outputs"
+    files = {path.relative_to(outputs).as_posix(): path for path in outputs.rglob("*.*")}
+    assert all(f"outputs/{name}" in whole_run.stdout for name in files)
+    assert len(files) == 8
+    for name in ("error_counts", "trade_off", "low_rank", "examples"):
+        assert files[f"{name}.png"].read_bytes().startswith(b"\x89PNG")
+    lora = whole_run.metrics["runs"][0]["methods"]["lora"]
+    assert files["adapter/adapter_model.bin"].stat().st_size == lora["file_bytes"] < 40_000
+    assert 11e6 < files["baseline.pt"].stat().st_size < 12e6
+
+
+def test_extracted_data_is_only_read(whole_run: WholeRun) -> None:
+    assert whole_run.data_before == whole_run.data_after
+    assert set(main.EXTRACTED) < set(whole_run.data_before)
+
+
+def test_peft_loads_the_adapter_and_makes_the_same_errors(
+    whole_run: WholeRun, mnist: main.Data
+) -> None:
+    outputs = whole_run.folder / "outputs"
+    model = main.MNISTClassifier()
+    model.load_state_dict(torch.load(outputs / "baseline.pt"))
+    recipe = main.Recipe("PEFT", 1, 1, 1.0, "")
+
+    def errors(model: torch.nn.Module) -> list[int]:
+        logits = main.compute_logits(model, mnist.test.images, recipe)
+        return main.score(logits, mnist.test.labels, digit=9).errors
+
+    methods = whole_run.metrics["runs"][0]["methods"]
+    assert errors(model) == methods["baseline"]["errors"]
+    adapted = PeftModel.from_pretrained(model, outputs / "adapter")
+    assert errors(adapted) == methods["lora"]["errors"]
+    assert errors(adapted.merge_and_unload()) == methods["lora"]["errors"]
