@@ -785,10 +785,10 @@ def draw_low_rank(digit: int, image: Tensor, runs: Sequence[Run]) -> Figure:
     axes.set_ylabel("share of its energy, %" + (", mean over seeds" if len(runs) > 1 else ""))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    least = min(shares[0] for shares in energy.values())
+    held = ", ".join(f"{100 * shares[0]:.0f}" for shares in energy.values())
     figure.suptitle(
-        f"An image of {digit} takes several ranks; of what fine-tuning on {digit} adds to a layer, "
-        f"one rank holds {math.floor(100 * least)} % or more"
+        f"An image of {digit} takes several ranks; "
+        f"of what fine-tuning on {digit} adds to each layer, rank 1 holds {held} %"
     )
     return figure
 
@@ -927,11 +927,10 @@ def print_settings(settings: Settings, device: torch.device) -> None:
 
 def print_results(settings: Settings, runs: Sequence[Run], image_energy: Sequence[float]) -> None:
     digit, several = settings.digit, len(runs) > 1
-    of_seeds = f" of {len(runs)} seeds"
     parameters, added = (
         runs[0].methods[name].trainable_parameters for name in ("baseline", "lora")
     )
-    print("\nchecks" + (f", each of them for each{of_seeds}" if several else ""))
+    print("\nchecks" + (f", each of them for each of {len(runs)} seeds" if several else ""))
     print(f"  ok  no frozen weight moved: {parameters:,} values are the same, bit for bit")
     print("  ok  with LoRA off, the logits are exactly the baseline's")
     print("  ok  merged into plain weights, LoRA predicts the same")
@@ -940,11 +939,11 @@ def print_results(settings: Settings, runs: Sequence[Run], image_energy: Sequenc
     print(f"\nresults on the 10,000 test images{seeds_text(runs)}\n{results_table(digit, runs)}\n")
     baselines = [run.methods["baseline"].scores.test.errors for run in runs]
     worst = Counter(errors.index(max(errors)) for errors in baselines).most_common()
-    names = ", ".join(f"{d}" + f" (in {times}{of_seeds})" * several for d, times in worst)
+    names = ", ".join(f"{d}" + f" in {times} seeds" * several for d, times in worst)
     print(f"The baseline's worst digit: {names}.")
-    strength = number([run.lora_strength for run in runs], 1)
+    strength = number([run.lora_strength for run in runs], 2)
     bias = number([run.logit_bias for run in runs], 2)
-    print(f"Balanced, by validation: LoRA at strength {strength}, a bias of {bias} on the logit.")
+    print(f"Balanced on validation: LoRA at strength {strength}, a bias of {bias}.")
     print(compare_with_control(digit, runs) + ".")
 
     print(f"\na test image of {digit}, 784 pixels, as B (28 x r) times A (r x 28), by SVD")

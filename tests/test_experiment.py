@@ -70,6 +70,7 @@ def test_pictures_are_drawn_for_other_digits_and_several_seeds(digit: int, data:
         main.draw_examples(digit, data.test, artifacts[0], 0),
     ):
         assert main.to_png(figure).startswith(b"\x89PNG")
+        figure.dpi = 120  # as it was saved
         width, height = figure.get_size_inches() * figure.dpi
         for text in [*figure.texts, *(axes.title for axes in figure.axes)]:
             box = text.get_window_extent()

@@ -78,6 +78,17 @@ def test_the_comparison_can_be_a_draw_or_impossible() -> None:
     assert "dial ends before" in main.compare_with_control(9, [run(0), drawn])
 
 
+@pytest.mark.parametrize("seeds", [1, 20])
+def test_what_is_printed_fits_80_columns(seeds: int, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = main.Settings(seed=100, seeds=seeds)
+    main.print_settings(settings, torch.device("cpu"))
+    runs = [run(seed, 1000 + seed) for seed in range(seeds)]
+    main.print_results(settings, runs, [0.5] * 28)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split() == ["4", "224", "50.00"] for line in lines)
+
+
 def test_metrics_have_no_folder_and_both_scores() -> None:
     content = main.metrics(main.Settings(), torch.device("cpu"), [run(3, shift=0.01)])
     assert "data_dir" not in content["config"]

@@ -1,0 +1,176 @@
+"""How fast the script is, on one page: `python tests/benchmark.py [--skip-tutorial]`.
+
+Run by hand; no test asserts a time. It says what share of the machine's own float32 matrix-product
+rate the training reaches, how the whole command compares with the usual tutorial form of the same
+experiment, and what a further seed and a further epoch cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import MNIST
+
+import main
+
+BATCH = main.Settings().batch_size
+LAYERS = [(784, 1000), (1000, 2000), (2000, 10)]
+PRODUCTS = 3 * len(LAYERS) - 1  # forward, weights, inputs; of the first layer's inputs, none
+STEP_FLOPS = sum(2 * BATCH * i * o * (2 if i == 784 else 3) for i, o in LAYERS)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def products() -> Callable[[], None]:
+    """The matrix products of one training step, in the order of the step, and nothing else."""
+    inputs = [torch.randn(BATCH, i) for i, _ in LAYERS]
+    weights = [torch.randn(o, i) for i, o in LAYERS]
+    gradients = [torch.randn(BATCH, o) for _, o in LAYERS]
+
+    def step() -> None:
+        for x, w in zip(inputs, weights, strict=True):
+            x @ w.T
+        for layer in reversed(range(len(LAYERS))):
+            gradients[layer].T @ inputs[layer]
+            if layer:
+                gradients[layer] @ weights[layer]
+
+    return step
+
+
+def share_of_matmul_rate(data: main.Data, rounds: int = 9, steps: int = 25) -> None:
+    """Training and bare products in turn, since a machine's speed drifts."""
+    multiply = products()
+    part = main.Split(data.train.images[: steps * BATCH], data.train.labels[: steps * BATCH])
+    recipe = main.Recipe("benchmark", 1, BATCH, 2e-3, "--lr")
+    model = main.MNISTClassifier()
+    main.train(model, part, recipe, seed=0)
+    pairs = [
+        (
+            seconds(lambda: [multiply() for _ in range(steps)]) / steps,
+            seconds(lambda: main.train(model, part, recipe, seed=0)) / steps,
+        )
+        for _ in range(rounds)
+    ]
+    bare, train = (median(column) for column in zip(*pairs, strict=True))
+    share = median(b / t for b, t in pairs)
+    print(f"matrix products      {STEP_FLOPS / bare / 1e9:8.0f} GFLOP/s, {PRODUCTS} of a step")
+    print(f"training             {STEP_FLOPS / train / 1e9:8.0f} GFLOP/s")
+    print(f"share of that rate   {100 * share:8.0f} %, median of {rounds} pairs")
+
+
+def epochs(data: main.Data) -> None:
+    for n in (1, 8):
+        recipe = main.Recipe("benchmark", n, BATCH, 2e-3, "--lr")
+        model = main.MNISTClassifier()
+        taken = seconds(lambda m=model, r=recipe: main.train(m, data.train, r, seed=0)) / n
+        rate = len(data.train.labels) / taken
+        print(f"baseline, epochs {n}   {taken:8.2f} s an epoch, {rate:,.0f} images/s")
+
+
+def whole_command(seeds: int) -> tuple[float, str]:
+    """Wall seconds of `python main.py --seeds N` in a new process, and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, main.__file__, "--seeds", str(seeds), "--output-dir", folder]
+        start = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return time.perf_counter() - start, done.stdout
+
+
+def tutorial(result: multiprocessing.Queue[float]) -> None:
+    """The experiment as most tutorials write it; in a process of its own, with torch's defaults."""
+    start = time.perf_counter()
+    normalise = transforms.Normalize((main.MEAN,), (main.STD,))
+    transform = transforms.Compose([transforms.ToTensor(), normalise])
+    train = MNIST(main.DATA_DIR, train=True, transform=transform)
+    test = MNIST(main.DATA_DIR, train=False, transform=transform)
+    model = main.MNISTClassifier()
+
+    def fit(loader: DataLoader) -> None:
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        criterion = nn.CrossEntropyLoss()
+        total = 0.0
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = criterion(model(images.view(-1, 784)), labels)
+            total += loss.item()
+            loss.backward()
+            optimizer.step()
+
+    def count_errors() -> int:
+        wrong = 0
+        with torch.no_grad():
+            for images, labels in DataLoader(test, batch_size=10):
+                for image, label in zip(model(images.view(-1, 784)), labels, strict=True):
+                    wrong += int(torch.argmax(image) != label)
+        return wrong
+
+    fit(DataLoader(train, batch_size=10, shuffle=True))
+    count_errors()
+    main.attach_lora(model, rank=1, alpha=1.0)
+    nines = torch.utils.data.Subset(train, (train.targets == 9).nonzero().flatten().tolist())
+    fit(DataLoader(nines, batch_size=10, shuffle=True))
+    count_errors()
+    with main.lora_off(model):
+        count_errors()
+    result.put(time.perf_counter() - start)
+
+
+def report() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--skip-tutorial", action="store_true", help="leave out some minutes")
+    skip = parser.parse_args().skip_tutorial
+
+    main.make_repeatable()
+    data = main.read_data(main.DATA_DIR, torch.device("cpu"))
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    share_of_matmul_rate(data)
+    epochs(data)
+    del data
+
+    print()
+    previous, before = 0, 0.0
+    for n in (1, 2, 4):
+        taken, printed = whole_command(n)
+        if n == 1:
+            whole, stages = taken, printed
+        further = f", {(taken - before) / (n - previous):.1f} s a further seed" if previous else ""
+        print(f"main.py, seeds {n}     {taken:8.1f} s with imports{further}")
+        previous, before = n, taken
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"peak memory          {peak / 1e9:8.2f} GB\n\nstages of one seed")
+    print(*(line for line in stages.splitlines() if line.endswith(" s")), sep="\n")
+
+    if not skip:
+        context = multiprocessing.get_context("spawn")
+        result: multiprocessing.Queue[float] = context.Queue()
+        process = context.Process(target=tutorial, args=(result,))
+        process.start()
+        slow = result.get()
+        process.join()
+        ratio = f"{slow / whole:.1f} times main.py with its imports"
+        print(f"\ntutorial form        {slow:8.1f} s without imports, {ratio}")
+
+
+if __name__ == "__main__":
+    report()
