@@ -86,14 +86,14 @@ def test_full_rank1_is_the_best_rank_1_part_of_the_update(data: main.Data, monke
         return seen[-1][2]
 
     evaluated = {}
-    evaluate = main.evaluate
+    evaluate = main.held_out_logits
 
     def remember(model, data, recipe):
         evaluated["last"] = model
         return evaluate(model, data, recipe)
 
     monkeypatch.setattr(main, "factorize", watch)
-    monkeypatch.setattr(main, "evaluate", remember)
+    monkeypatch.setattr(main, "held_out_logits", remember)
     _, artifacts = main.run_seed(SETTINGS, 0, data, nullcontext)
     assert [shape for shape, _, _ in seen] == [(1000, 784), (2000, 1000), (10, 2000)]
     for name, (_, rank, (B, A, _)) in zip(("linear1", "linear2", "linear3"), seen, strict=True):

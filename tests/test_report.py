@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def run(seed: int, lora: int = 4, shift: float = 0.0) -> main.Run:
         parameter_overhead=0.00242,
         lora_strength=0.5,
         logit_bias=2.5,
+        control_at_lora_errors=main.best_accuracy(dial, 9, lora),
         trade_off={"lora": dial, "logit_bias": dial, "full": dial},
         update_energy={"linear1": [0.5, 1.0], "linear2": [0.6, 1.0], "linear3": [0.9, 1.0]},
     )
@@ -61,9 +63,9 @@ def test_the_table_is_aligned_and_fits_80_columns(runs: list[main.Run], digit: i
 @pytest.mark.parametrize(
     ("lora", "sentence"),
     [
-        (4, "more than LoRA:\n94.0 % overall against 92.0 %"),
-        (3, "less than LoRA:\n80.0 % overall against 92.0 %"),
-        (30, "more than LoRA:\n97.0 % overall against 92.0 %"),
+        (4, "more than LoRA:\n94.0 % of all digits right, against 92.0 %"),
+        (3, "less than LoRA:\n80.0 % of all digits right, against 92.0 %"),
+        (30, "more than LoRA:\n97.0 % of all digits right, against 92.0 %"),
     ],
 )
 def test_the_control_is_compared_at_loras_errors(lora: int, sentence: str) -> None:
@@ -71,11 +73,11 @@ def test_the_control_is_compared_at_loras_errors(lora: int, sentence: str) -> No
 
 
 def test_the_comparison_can_be_a_draw_or_impossible() -> None:
-    drawn = run(0, 4)
-    drawn.trade_off["logit_bias"] = {2.0: drawn.methods["lora"].scores}
-    assert "as much as LoRA" in main.compare_with_control(9, [drawn])
-    drawn.trade_off["logit_bias"].clear()
-    assert "dial ends before" in main.compare_with_control(9, [run(0), drawn])
+    draw = replace(run(0), control_at_lora_errors=0.92)
+    assert "as much as LoRA" in main.compare_with_control(9, [draw])
+    never = replace(run(1), control_at_lora_errors=None)
+    assert "dial ends before" in main.compare_with_control(9, [run(0), never])
+    assert main.best_accuracy({}, 9, most=4) is None
 
 
 @pytest.mark.parametrize("seeds", [1, 20])
@@ -87,6 +89,9 @@ def test_what_is_printed_fits_80_columns(seeds: int, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.split() == ["4", "224", "50.00"] for line in lines)
+    assert any("LoRA at strength 0.50" in line and "(chosen on" in line for line in lines)
+    main.print_results(main.Settings(strength=0.5), runs, [0.5] * 28)
+    assert "LoRA at strength 0.50" in (out := capsys.readouterr().out) and "(as given)" in out
 
 
 def test_metrics_have_no_folder_and_both_scores() -> None:
