@@ -78,7 +78,7 @@ class Settings:
     lr: float = option(2e-3, "baseline: learning rate, which falls to 0")
     lora_epochs: int = option(1, "LoRA and full fine-tuning: passes over the digit's images")
     lora_batch_size: int = option(128, "LoRA and full fine-tuning: images in a step")
-    lora_lr: float = option(1.55e-3, "LoRA: learning rate, which falls to 0")
+    lora_lr: float = option(1.5e-3, "LoRA: learning rate, which falls to 0")
     full_lr: float = option(5e-5, "full fine-tuning: learning rate, which falls to 0")
     strength: float | None = option(
         None, "strength of balanced LoRA (default: chosen on validation)"

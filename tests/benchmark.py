@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -106,11 +107,11 @@ def tutorial(result: multiprocessing.Queue[float]) -> None:
     test = MNIST(main.DATA_DIR, train=False, transform=transform)
     model = main.MNISTClassifier()
 
-    def fit(loader: DataLoader) -> None:
+    def fit(loader: DataLoader, steps: int | None = None) -> None:
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         criterion = nn.CrossEntropyLoss()
         total = 0.0
-        for images, labels in loader:
+        for images, labels in islice(loader, steps):
             optimizer.zero_grad()
             loss = criterion(model(images.view(-1, 784)), labels)
             total += loss.item()
@@ -129,7 +130,7 @@ def tutorial(result: multiprocessing.Queue[float]) -> None:
     count_errors()
     main.attach_lora(model, rank=1, alpha=1.0)
     nines = torch.utils.data.Subset(train, (train.targets == 9).nonzero().flatten().tolist())
-    fit(DataLoader(nines, batch_size=10, shuffle=True))
+    fit(DataLoader(nines, batch_size=10, shuffle=True), steps=100)
     count_errors()
     with main.lora_off(model):
         count_errors()

@@ -54,14 +54,13 @@ def whole_run(mnist: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Who
             env=environment,
             stdout=log,
             stderr=subprocess.PIPE,
-            text=True,
             check=False,
         )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr.decode()
     return WholeRun(
         folder=folder,
-        stdout=(folder / "log").read_text(),
-        stderr=done.stderr,
+        stdout=(folder / "log").read_bytes().decode(),  # with its \r, if there is any
+        stderr=done.stderr.decode(),
         metrics=json.loads((folder / "outputs" / "metrics.json").read_text()),
         data_before=before,
         data_after=data_files(),

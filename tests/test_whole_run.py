@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+import pytest
 import torch
-from conftest import WholeRun
+from conftest import SCRIPT, WholeRun
 from peft import PeftModel
 
 import main
@@ -66,6 +70,7 @@ def test_what_it_prints(whole_run: WholeRun) -> None:
     accuracy = whole_run.metrics["runs"][0]["methods"]["baseline"]["accuracy"]
     assert f"{100 * accuracy:.2f}" in row
     assert "\r" not in whole_run.stdout + whole_run.stderr  # no bars in a file
+    assert "it/s" not in whole_run.stderr
     assert "Traceback" not in whole_run.stderr
 
 
@@ -103,3 +108,23 @@ def test_peft_loads_the_adapter_and_makes_the_same_errors(
     adapted = PeftModel.from_pretrained(model, outputs / "adapter")
     assert errors(adapted) == methods["lora"]["errors"]
     assert errors(adapted.merge_and_unload()) == methods["lora"]["errors"]
+
+
+def test_the_lines_of_the_readme_load_the_adapter(
+    whole_run: WholeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lines,) = re.findall(
+        r"```python\n(.+?)```", (SCRIPT.parent / "README.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(whole_run.folder)
+    exec(lines, {})  # noqa: S102
+    accuracy = whole_run.metrics["runs"][0]["methods"]["lora"]["accuracy"]
+    assert f"{accuracy:.4f}".rstrip("0") in capsys.readouterr().out
+
+
+def test_the_published_run_of_the_same_seed_is_like_this_one(whole_run: WholeRun) -> None:
+    published = json.loads((SCRIPT.parent / "results" / "metrics.json").read_text())["runs"][0]
+    (run,) = whole_run.metrics["runs"]
+    assert published["seed"] == run["seed"]
+    for name, method in published["methods"].items():  # on another machine, within the spread
+        assert abs(method["accuracy"] - run["methods"][name]["accuracy"]) < 0.05, name
