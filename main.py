@@ -683,7 +683,7 @@ def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
     verdict = "more than" if gap > 0.05 else "less than" if gap < -0.05 else "as much as"
     return (
         f"With as few errors on {digit}, one number added to one logit keeps {verdict} LoRA:\n"
-        f"{number(control, 1)} % of all digits right, against {number(lora, 1)} %"
+        f"{number(control, 1)} % of all digits right, against {number(lora, 1)} % at strength 1"
     )
 
 
@@ -738,27 +738,26 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
     lowest = 100.0
     for name, label in labels.items():
         scores = [[run.trade_off[name][at].test for run in runs] for at in runs[0].trade_off[name]]
-        x = [[float(score.errors[digit]) for score in seeds] for seeds in scores]
-        y = [[100 * score.accuracy for score in seeds] for seeds in scores]
+        xs = [[float(score.errors[digit]) for score in seeds] for seeds in scores]
+        ys = [[100 * score.accuracy for score in seeds] for seeds in scores]
         if name != "logit_bias":  # that dial goes on until nearly all is called the digit
-            lowest = min([lowest, *(fmean(values) for values in y)])
+            lowest = min([lowest, *(fmean(values) for values in ys)])
         axes.errorbar(
-            [fmean(values) for values in x],
-            [fmean(values) for values in y],
-            xerr=[deviation(values) for values in x] if len(runs) > 1 else None,
-            yerr=[deviation(values) for values in y] if len(runs) > 1 else None,
+            [fmean(values) for values in xs],
+            [fmean(values) for values in ys],
+            xerr=[deviation(values) for values in xs] if len(runs) > 1 else None,
+            yerr=[deviation(values) for values in ys] if len(runs) > 1 else None,
             elinewidth=0.5,
             color=LOOKS[name].color,
             marker=LOOKS[name].marker,
             markersize=5,
             label=label,
         )
-    chosen = {"baseline": (-50, -24), "lora_balanced": (14, -18), "logit_bias": (-100, 14)}
-    for name, place in chosen.items():
-        point = fmean(errors_on(digit, runs, name)), fmean(accuracies(runs, name))
-        axes.plot(*point, LOOKS[name].marker, markersize=13, mfc="none", mec="black", mew=1.5)
-        axes.annotate(LOOKS[name].name, point, place, textcoords="offset points")
-    axes.set_xlim(left=0)
+    for name in ("baseline", "lora_balanced", "logit_bias"):
+        x, y = fmean(errors_on(digit, runs, name)), fmean(accuracies(runs, name))
+        style: dict[str, Any] = {"mfc": "none", "mec": "black", "mew": 1.5, "ls": "none"}
+        axes.plot(x, y, LOOKS[name].marker, ms=11, label=LOOKS[name].name, **style)
+    axes.set_xlim(left=-0.5)
     axes.set_ylim(bottom=lowest - 2)
     axes.set_xlabel(f"errors on {digit}, test images (fewer is better)")
     axes.set_ylabel("accuracy over all digits, % (more is better)")

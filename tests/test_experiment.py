@@ -56,7 +56,7 @@ def test_every_digit_gives_every_method_and_pictures(digit: int, data: main.Data
     assert run.trade_off["logit_bias"][run.logit_bias] == methods["logit_bias"].scores
 
 
-@pytest.mark.parametrize("digit", [0, 4])
+@pytest.mark.parametrize("digit", [4])
 def test_pictures_are_drawn_for_other_digits_and_several_seeds(digit: int, data: main.Data) -> None:
     settings = replace(SETTINGS, digit=digit)
     runs, artifacts = zip(

@@ -63,9 +63,9 @@ def test_the_table_is_aligned_and_fits_80_columns(runs: list[main.Run], digit: i
 @pytest.mark.parametrize(
     ("lora", "sentence"),
     [
-        (4, "more than LoRA:\n94.0 % of all digits right, against 92.0 %"),
-        (3, "less than LoRA:\n80.0 % of all digits right, against 92.0 %"),
-        (30, "more than LoRA:\n97.0 % of all digits right, against 92.0 %"),
+        (4, "more than LoRA:\n94.0 % of all digits right, against 92.0 % at strength 1"),
+        (3, "less than LoRA:\n80.0 % of all digits right, against 92.0 % at strength 1"),
+        (30, "more than LoRA:\n97.0 % of all digits right, against 92.0 % at strength 1"),
     ],
 )
 def test_the_control_is_compared_at_loras_errors(lora: int, sentence: str) -> None:
