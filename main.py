@@ -8,8 +8,8 @@ https://arxiv.org/abs/2106.09685) to every linear layer, fine-tunes on images of
 what was gained, what the other digits paid for it, and whether something simpler would have earned
 the same.
 
-The chapters: settings, data, model, LoRA, low rank, training, evaluation, experiment; and behind
-them report and command line, which only show what the experiment found.
+The chapters: settings, data, model, LoRA, low rank, training, evaluation, experiment; then report
+and command line, which only show what the experiment found.
 """
 
 # torchvision and tqdm carry no types, and some methods of torch neither:
@@ -29,14 +29,16 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NoReturn
@@ -89,9 +91,10 @@ class Settings:
     output_dir: Path = option(OUTPUT_DIR, "folder for pictures, metrics and weights")
 
 
-STRENGTHS = [i / 10 for i in range(11)]  # LoRA's dial, from off to as it was trained
-BIASES = [i / 4 for i in range(33)]  # the control's dial: the number added to one logit
-FULL_STRENGTHS = [0.2, 0.4, 0.7, 1.0]  # on the line from the baseline to full fine-tuning
+# Three dials, which all begin at 0, the baseline.
+STRENGTHS = [i / 10 for i in range(1, 11)]  # of LoRA, up to 1, as it was trained
+BIASES = [i / 4 for i in range(1, 33)]  # of the control: the number added to one logit
+FULL_STRENGTHS = [0.3, 0.7, 1.0]  # on the line from the baseline to full fine-tuning
 
 # --- Data -----------------------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class MNISTClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, 10) of images (n, 784)."""
-        hidden = self.linear1(images).relu_()  # in place: one pass over memory less
+        hidden = self.linear1(images).relu_()  # in place: saves one pass over memory
         hidden = self.linear2(hidden).relu_()
         logits: Tensor = self.linear3(hidden)
         return logits
@@ -231,7 +234,7 @@ def lora_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Write the weights that LoRA makes into the plain layers and remove LoRA, in place.
+    """Write the weights that LoRA makes, at its strength, into plain layers; remove LoRA, in place.
 
     Of a model and its deep copy merge only one: torch lets their parametrized layers share a class,
     and removing a parametrization changes that class.
@@ -276,8 +279,29 @@ def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def energy_kept(singular_values: Tensor) -> list[float]:
     """The share of the sum of squares that ranks 1, 2, ... keep, in [0, 1]."""
     energy = singular_values.double().square().cumsum(0)
-    shares: list[float] = (energy / energy[-1]).nan_to_num(1.0).tolist()  # of zero, all is kept
+    shares: list[float] = (
+        (energy / energy[-1]).nan_to_num(1.0).tolist()
+    )  # a zero matrix is kept whole
     return shares
+
+
+def low_rank_part(
+    before: nn.Module, after: nn.Module, rank: int
+) -> tuple[nn.Module, dict[str, list[float]]]:
+    """What low rank keeps of a training that changed every weight from `before` to `after`.
+
+    Returns a copy of `before` whose LoRA is the best rank-r approximation of each weight's change
+    (biases stay as before), and by layer the shares of energy that ranks 1, 2, ... keep.
+    """
+    model = attach_lora(copy.deepcopy(before), rank, alpha=rank)  # scaling 1
+    energy = {}
+    for name, lora in lora_layers(model).items():
+        update = after.get_parameter(f"{name}.weight") - before.get_parameter(f"{name}.weight")
+        B, A, singular_values = factorize(update.detach().cpu(), rank)
+        lora.lora_B.data.copy_(B)
+        lora.lora_A.data.copy_(A)
+        energy[name] = energy_kept(singular_values)
+    return model, energy
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -300,6 +324,21 @@ class Recipe:
     to_lower: str
 
 
+@contextmanager
+def reduced_precision() -> Iterator[None]:
+    """Let float32 matrices be multiplied in bfloat16 on a CPU that has it, in TF32 on CUDA.
+
+    For training alone, which takes a third less time where it applies.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@reduced_precision()
 def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
     """Train whatever in `model` is not frozen, in place: the one loop of every stage.
 
@@ -324,7 +363,7 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
                 bar.update()
                 bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
                 if not math.isfinite(loss.item()):
-                    where = f"the loss is {loss.item()} at step {bar.n} of {steps}"
+                    where = f"the loss is {loss.item()} at step {scheduler.last_epoch} of {steps}"
                     raise RunError(f"{recipe.name}: {where}; lower {recipe.to_lower}")
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
@@ -337,23 +376,38 @@ def count_trainable(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def compute_logits(model: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
-    """Logits (n, 10), on the CPU, of images (n, 784) by a model that `recipe` trained.
+def evaluate(model: nn.Module, inputs: Tensor, recipe: Recipe) -> Tensor:
+    """Logits (n, 10) of images (n, 784), or what any other module makes of inputs (n, in).
 
-    Raises RunError if one of them is not finite.
+    Raises RunError, which names the recipe of the training, if a value is not finite.
     """
-    with parametrize.cached():  # W + B A once, not once a chunk
-        logits = torch.cat([model(chunk) for chunk in images.split(1000)]).cpu()
-    if not logits.isfinite().all():
+    with parametrize.cached():  # W + B A once, not once per chunk
+        outputs = torch.cat([model(chunk) for chunk in inputs.split(1000)])
+    if not outputs.isfinite().all():
         where = "a logit is not finite after the last step"
         raise RunError(f"{recipe.name}: {where}; lower {recipe.to_lower}")
+    return outputs
+
+
+@torch.inference_mode()
+def turn_dial(
+    model: nn.Module, strengths: Sequence[float], images: Tensor, recipe: Recipe
+) -> dict[float, Tensor]:
+    """Logits (n, 10) of images (n, 784) at each strength of LoRA; leaves `model` at strength 1.
+
+    The first layer multiplies by W + strength * B A, so that between off and on its output moves on
+    a straight line: two evaluations of that layer serve all strengths.
+    """
+    first = model.get_submodule("linear1")
+    off, on = (evaluate(set_strength(first, at), images, recipe) for at in (0.0, 1.0))
+    rest = copy.deepcopy(model)
+    rest.set_submodule("linear1", nn.Identity())
+    hidden = torch.empty_like(off)
+    logits = {}
+    for strength in progress(strengths, desc="LoRA's dial"):
+        torch.lerp(off, on, strength, out=hidden)  # anew, since the model's ReLU works in place
+        logits[strength] = evaluate(set_strength(rest, strength), hidden, recipe)
     return logits
-
-
-def held_out_logits(model: nn.Module, data: Data, recipe: Recipe) -> Tensor:
-    """Logits (15000, 10) of the held-out images: validation first, then test."""
-    held_out = (data.validation.images, data.test.images)
-    return torch.cat([compute_logits(model, images, recipe) for images in held_out])
 
 
 @dataclass(frozen=True)
@@ -365,15 +419,9 @@ class Score:
     false_positives: int
 
 
-@dataclass(frozen=True)
-class Scores:
-    validation: Score
-    test: Score
-
-
 def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
     """Compare logits (n, 10) with labels (n,)."""
-    labels, predictions = labels.cpu(), logits.argmax(1)
+    predictions = logits.argmax(1)
     wrong = predictions != labels
     return Score(
         accuracy=int((~wrong).sum()) / len(labels),
@@ -382,11 +430,10 @@ def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
     )
 
 
-def grade(logits: Tensor, data: Data, digit: int) -> Scores:
-    """Score the logits that `held_out_logits` returns."""
-    n = len(data.validation.labels)
-    validation = score(logits[:n], data.validation.labels, digit)
-    return Scores(validation, test=score(logits[n:], data.test.labels, digit))
+def add_biases(logits: Tensor, digit: int) -> dict[float, Tensor]:
+    """The control's dial: logits (n, 10), by the number that is added to the digit's own."""
+    one_hot = F.one_hot(torch.tensor(digit), 10).to(logits)
+    return {bias: logits + bias * one_hot for bias in (0.0, *BIASES)}
 
 
 def interpolate(start: nn.Module, end: nn.Module, strength: float) -> nn.Module:
@@ -398,27 +445,22 @@ def interpolate(start: nn.Module, end: nn.Module, strength: float) -> nn.Module:
     return model
 
 
-def choose(dial: Mapping[float, Scores], max_accuracy_drop: float) -> float:
-    """The furthest position of a dial that costs at most so many points of validation accuracy.
-
-    The dial's first position is off. The test set has no say.
-    """
-    off, *_ = dial.values()
-    least = off.validation.accuracy - max_accuracy_drop / 100 - 1e-9  # 1e-9: rounding is no cost
-    return max(at for at, scores in dial.items() if scores.validation.accuracy >= least)
+def choose(validation: Mapping[float, Score], max_accuracy_drop: float) -> float:
+    """The furthest position of a dial that costs at most so many points of validation accuracy."""
+    least = validation[0.0].accuracy - max_accuracy_drop / 100 - 1e-9  # less what rounding may do
+    return max(at for at, found in validation.items() if found.accuracy >= least)
 
 
-def best_accuracy(dial: Mapping[float, Scores], digit: int, most: int) -> float | None:
-    """The best test accuracy on a dial with at most so many test errors on the digit, if any.
+def read_off(dial: Mapping[float, Score], digit: int, most: int) -> float | None:
+    """The accuracy where a dial first leaves at most so many errors on the digit, if it ever does.
 
     It reads a finished curve; nothing is chosen by it.
     """
-    tests = [scores.test for scores in dial.values()]
-    return max((test.accuracy for test in tests if test.errors[digit] <= most), default=None)
+    return next((at.accuracy for at in dial.values() if at.errors[digit] <= most), None)
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """A check that `python -O` does not remove."""
+    """Raise RunError unless `holds`; unlike an assert, `python -O` keeps it."""
     if not holds:
         raise RunError(f"check failed: {otherwise}")
 
@@ -467,7 +509,7 @@ class Method:
     trainable_parameters: int
     optimizer_bytes: int
     file_bytes: int
-    scores: Scores
+    test: Score
 
 
 @dataclass(frozen=True)
@@ -480,13 +522,14 @@ class Run:
     lora_strength: float  # of lora_balanced
     logit_bias: float
     control_at_lora_errors: float | None  # the control's accuracy with as few errors as LoRA
-    trade_off: dict[str, dict[float, Scores]]  # by method: its dial
+    validation: dict[str, dict[float, Score]]  # by method: its dial, for what is chosen
+    trade_off: dict[str, dict[float, Score]]  # the same on the test set, to be reported
     update_energy: dict[str, list[float]]  # by layer: what ranks 1, 2, ... keep of full's update
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What is saved and drawn of the first seed alone; logits are those of `held_out_logits`."""
+    """What is saved and drawn of the first seed alone; logits are of the test images."""
 
     baseline: nn.Module
     adapter: dict[str, Tensor]
@@ -494,95 +537,112 @@ class Artifacts:
     lora_logits: Tensor
 
 
-Timer = Callable[[str], AbstractContextManager[object]]
+Stage = Callable[[str], AbstractContextManager[object]]
 
 
-def run_seed(settings: Settings, seed: int, data: Data, timed: Timer) -> tuple[Run, Artifacts]:
-    """The whole experiment for one seed; each of its stages runs inside `timed(stage)`."""
+def run_seed(settings: Settings, seed: int, data: Data, stage: Stage) -> tuple[Run, Artifacts]:
+    """The whole experiment for one seed; each of its stages runs inside `with stage(name)`."""
     s, digit = settings, settings.digit
-    images = data.train.only(digit)
+    target, validation, test = data.train.only(digit), data.validation, data.test
     recipe = Recipe("baseline", s.epochs, s.batch_size, s.lr, "--lr")
     lora_recipe = Recipe(
         "LoRA", s.lora_epochs, s.lora_batch_size, s.lora_lr, "--lora-lr or --alpha"
     )
     full_recipe = replace(lora_recipe, name="full fine-tuning", lr=s.full_lr, to_lower="--full-lr")
 
-    with timed("baseline: train on all digits"):
+    with stage("baseline: train on all digits"):
         torch.manual_seed(seed)  # of torch's own generator: nn.Linear and LoRA draw from it in turn
-        baseline = MNISTClassifier().to(images.images.device)
+        baseline = MNISTClassifier().to(test.images.device)
         parameters = count_trainable(baseline)
         baseline_bytes = train(baseline, data.train, recipe, seed)
-        baseline_logits = held_out_logits(baseline, data, recipe)
+        validation_logits, test_logits = (
+            evaluate(baseline, split.images, recipe) for split in (validation, test)
+        )
 
-    with timed(f"LoRA: train on {len(images.labels):,} images of {digit}"):
+    with stage(f"LoRA: train on {len(target.labels):,} images of {digit}"):
         lora = attach_lora(copy.deepcopy(baseline), s.rank, s.alpha)
         added = count_trainable(lora)
-        lora_bytes = train(lora, images, lora_recipe, seed)
+        lora_bytes = train(lora, target, lora_recipe, seed)
+        adapter = adapter_state(lora)
 
-    strengths = sorted({*STRENGTHS, s.strength or 0.0})
-    with timed(f"LoRA: turn the dial, {len(strengths)} strengths"):
-        lora_logits = {
-            strength: held_out_logits(set_strength(lora, strength), data, lora_recipe)
-            for strength in progress(strengths, desc="LoRA's dial")
-        }
+    strengths = sorted({*STRENGTHS, *([s.strength] if s.strength else [])})
+    with stage(f"LoRA: turn the dial, {len(strengths)} strengths"):
+        validation_dial, test_dial = (
+            turn_dial(lora, strengths, split.images, lora_recipe) for split in (validation, test)
+        )
 
-    with timed("LoRA: check"):
+    with stage("LoRA: check"):
         check_frozen(baseline.state_dict(), lora)
-        check_off(baseline_logits, lora_logits[0.0])
-        adapter = adapter_state(lora)  # now, since merging is the last thing done with LoRA
-        merged = merge_lora(set_strength(lora, 1.0))
-        check_merged(lora_logits[1.0], held_out_logits(merged, data, lora_recipe))
+        with lora_off(lora):
+            off_logits = evaluate(lora, test.images, lora_recipe)
+        check_off(test_logits, off_logits)
+        merged = merge_lora(lora)
+        check_merged(test_dial[1.0], evaluate(merged, test.images, lora_recipe))
         overhead = check_overhead(added, parameters, s.rank)
 
-    with timed("full fine-tuning: train on LoRA's batches"):
+    with stage("full fine-tuning: train on LoRA's batches"):
         full = copy.deepcopy(baseline)
-        full_bytes = train(full, images, full_recipe, seed)
+        full_bytes = train(full, target, full_recipe, seed)
 
-    with timed("full fine-tuning: the line to it, and its rank-1 part"):
-        full_logits = {0.0: baseline_logits}
-        for strength in progress(FULL_STRENGTHS, desc="line to full fine-tuning"):
-            full_logits[strength] = held_out_logits(
-                interpolate(baseline, full, strength), data, full_recipe
-            )
-        rank1 = attach_lora(copy.deepcopy(baseline), rank=1, alpha=1.0)
-        energy = {}
-        for name, layer in lora_layers(rank1).items():
-            before, after = (model.get_parameter(f"{name}.weight") for model in (baseline, full))
-            B, A, singular_values = factorize((after - before).detach().cpu(), rank=1)
-            layer.lora_B.data.copy_(B)
-            layer.lora_A.data.copy_(A)
-            energy[name] = energy_kept(singular_values)
-        rank1_scores = grade(held_out_logits(rank1, data, full_recipe), data, digit)
+    with stage("full fine-tuning: the line to it, and its rank-1 part"):
+        full_logits = evaluate(full, validation.images, full_recipe)  # only its rate is chosen
+        line = {
+            at: evaluate(interpolate(baseline, full, at), test.images, full_recipe)
+            for at in progress(FULL_STRENGTHS, desc="line to full fine-tuning")
+        }
+        rank1, energy = low_rank_part(baseline, full, rank=1)
+        rank1_logits = evaluate(rank1, test.images, full_recipe)
 
-    target = F.one_hot(torch.tensor(digit), 10)
-    biased_logits = {bias: baseline_logits + bias * target for bias in BIASES}
-    by_dial = {"lora": lora_logits, "logit_bias": biased_logits, "full": full_logits}
-    dials = {
-        name: {at: grade(logits, data, digit) for at, logits in dial.items()}
-        for name, dial in by_dial.items()
-    }
-    bias = choose(dials["logit_bias"], s.max_accuracy_drop)
-    strength = choose(dials["lora"], s.max_accuracy_drop) if s.strength is None else s.strength
+    def scores(split: Split, **dials: dict[float, Tensor]) -> dict[str, dict[float, Score]]:
+        return {
+            name: {at: score(logits, split.labels, digit) for at, logits in dial.items()}
+            for name, dial in dials.items()
+        }
 
-    model_size = len(to_bytes(baseline.state_dict()))
-    of_lora = partial(Method, added, lora_bytes, len(to_bytes(adapter)))
+    on_validation = scores(
+        validation,
+        lora={0.0: validation_logits, **validation_dial},
+        logit_bias=add_biases(validation_logits, digit),
+        full={0.0: validation_logits, 1.0: full_logits},
+    )
+    on_test = scores(
+        test,
+        lora={0.0: test_logits, **test_dial},
+        logit_bias=add_biases(test_logits, digit),
+        full={0.0: test_logits, **line},
+    )
+    drop = s.max_accuracy_drop
+    bias = choose(on_validation["logit_bias"], drop)
+    strength = choose(on_validation["lora"], drop) if s.strength is None else s.strength
+
+    model_size, rank1_size, adapter_size = (
+        len(to_bytes(state)) for state in (baseline.state_dict(), adapter_state(rank1), adapter)
+    )
+    of_lora = partial(Method, added, lora_bytes, adapter_size)
+    of_full = partial(Method, parameters, full_bytes)
     methods = {
-        "baseline": Method(parameters, baseline_bytes, model_size, dials["logit_bias"][0.0]),
-        "lora": of_lora(dials["lora"][1.0]),
-        "lora_off": of_lora(dials["lora"][0.0]),
-        "lora_balanced": of_lora(dials["lora"][strength]),
-        "logit_bias": Method(
-            1, 0, 4, dials["logit_bias"][bias]
-        ),  # a float32, found without training
-        "full": Method(parameters, full_bytes, model_size, dials["full"][1.0]),
-        "full_rank1": Method(
-            parameters, full_bytes, len(to_bytes(adapter_state(rank1))), rank1_scores
-        ),
+        "baseline": Method(parameters, baseline_bytes, model_size, on_test["lora"][0.0]),
+        "lora": of_lora(on_test["lora"][1.0]),
+        "lora_off": of_lora(score(off_logits, test.labels, digit)),
+        "lora_balanced": of_lora(on_test["lora"][strength]),
+        "logit_bias": Method(1, 0, 4, on_test["logit_bias"][bias]),  # a float32, not trained
+        "full": of_full(model_size, on_test["full"][1.0]),
+        "full_rank1": of_full(rank1_size, score(rank1_logits, test.labels, digit)),
     }
-    lora_errors = dials["lora"][1.0].test.errors[digit]
-    matched = best_accuracy(dials["logit_bias"], digit, most=lora_errors)
-    run = Run(seed, methods, overhead, strength, bias, matched, dials, energy)
-    return run, Artifacts(baseline, adapter, baseline_logits, lora_logits[1.0])
+    run = Run(
+        seed=seed,
+        methods=methods,
+        parameter_overhead=overhead,
+        lora_strength=strength,
+        logit_bias=bias,
+        control_at_lora_errors=read_off(
+            on_test["logit_bias"], digit, most=methods["lora"].test.errors[digit]
+        ),
+        validation=on_validation,
+        trade_off=on_test,
+        update_energy=energy,
+    )
+    return run, Artifacts(baseline, adapter, test_logits, test_dial[1.0])
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -631,12 +691,12 @@ def seeds_text(runs: Sequence[Run]) -> str:
 
 def errors_on(digit: int, runs: Sequence[Run], name: str) -> list[float]:
     """A method's errors on one digit of the test set, for each seed."""
-    return [run.methods[name].scores.test.errors[digit] for run in runs]
+    return [run.methods[name].test.errors[digit] for run in runs]
 
 
 def accuracies(runs: Sequence[Run], name: str) -> list[float]:
     """A method's accuracy on the test set, in percent, for each seed."""
-    return [100 * run.methods[name].scores.test.accuracy for run in runs]
+    return [100 * run.methods[name].test.accuracy for run in runs]
 
 
 def size(count: int) -> str:
@@ -648,7 +708,7 @@ def size(count: int) -> str:
 
 def results_table(digit: int, runs: Sequence[Run]) -> str:
     """Errors, accuracy and costs, a column per method, 79 characters wide."""
-    false = [[run.methods[name].scores.test.false_positives for run in runs] for name in LOOKS]
+    false = [[run.methods[name].test.false_positives for run in runs] for name in LOOKS]
     costs = [runs[0].methods[name] for name in LOOKS]
     rows = [
         ("", [look.heading[0] for look in LOOKS.values()]),
@@ -675,7 +735,8 @@ def low_rank_table(energy: Sequence[float]) -> str:
 
 def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
     """The control and LoRA at equal errors on the digit, in a sentence."""
-    control = [100 * run.control_at_lora_errors for run in runs if run.control_at_lora_errors]
+    matched = [run.control_at_lora_errors for run in runs]
+    control = [100 * accuracy for accuracy in matched if accuracy is not None]
     if len(control) < len(runs):
         return f"The control's dial ends before it leaves as few errors on {digit} as LoRA"
     lora = accuracies(runs, "lora")
@@ -719,7 +780,8 @@ def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
     before, after = (fmean(errors_on(digit, runs, name)) for name in ("baseline", "lora"))
     cost = fmean(accuracies(runs, "baseline")) - fmean(accuracies(runs, "lora"))
     title = (
-        f"LoRA leaves {after:.0f} of {before:.0f} errors on {digit}, for {cost:.1f} points overall"
+        f"LoRA leaves {after:.0f} of {before:.0f} errors on {digit}, "
+        f"at a cost of {cost:.1f} points of overall accuracy"
     )
     figure.suptitle(title + seeds_text(runs))
     return figure
@@ -730,14 +792,15 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(10, 6))
     figure.subplots_adjust(0.07, 0.09, 0.98, 0.9)
     axes = figure.subplots()
-    labels = {
-        "lora": "LoRA, strength 0 to 1",
-        "logit_bias": "control: one number added to one logit",
-        "full": "straight line to full fine-tuning",
+    points = ", ".join(f"{at:g}" for at in FULL_STRENGTHS)
+    curves = {
+        "lora": ("-", "LoRA, strength 0 to 1"),
+        "logit_bias": ("--", "one biased logit, the control: bias 0 to 8"),
+        "full": ("none", f"full fine-tuning: {points} of the way to it"),
     }
     lowest = 100.0
-    for name, label in labels.items():
-        scores = [[run.trade_off[name][at].test for run in runs] for at in runs[0].trade_off[name]]
+    for name, (style, label) in curves.items():
+        scores = [[run.trade_off[name][at] for run in runs] for at in runs[0].trade_off[name]]
         xs = [[float(score.errors[digit]) for score in seeds] for seeds in scores]
         ys = [[100 * score.accuracy for score in seeds] for seeds in scores]
         if name != "logit_bias":  # that dial goes on until nearly all is called the digit
@@ -748,15 +811,17 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
             xerr=[deviation(values) for values in xs] if len(runs) > 1 else None,
             yerr=[deviation(values) for values in ys] if len(runs) > 1 else None,
             elinewidth=0.5,
+            linestyle=style,
             color=LOOKS[name].color,
             marker=LOOKS[name].marker,
-            markersize=5,
+            markersize=5 if style != "none" else 7,
             label=label,
         )
     for name in ("baseline", "lora_balanced", "logit_bias"):
         x, y = fmean(errors_on(digit, runs, name)), fmean(accuracies(runs, name))
-        style: dict[str, Any] = {"mfc": "none", "mec": "black", "mew": 1.5, "ls": "none"}
-        axes.plot(x, y, LOOKS[name].marker, ms=11, label=LOOKS[name].name, **style)
+        hollow: dict[str, Any] = {"mfc": "none", "mec": "black", "mew": 1.5, "ls": "none"}
+        chosen = LOOKS[name].name + (" as chosen" if name != "baseline" else "")
+        axes.plot(x, y, LOOKS[name].marker, ms=11, label=chosen, **hollow)
     axes.set_xlim(left=-0.5)
     axes.set_ylim(bottom=lowest - 2)
     axes.set_xlabel(f"errors on {digit}, test images (fewer is better)")
@@ -822,17 +887,20 @@ def pixels(image: Tensor) -> Tensor:
 def draw_examples(digit: int, test: Split, first: Artifacts, seed: int) -> Figure:
     """Test images that LoRA corrects, and images that it spoils: up to eight of each."""
     labels = test.labels.cpu()
-    both = (first.baseline_logits, first.lora_logits)
-    baseline, lora = (logits[-len(labels) :].argmax(1) for logits in both)
+    baseline, lora = (x.argmax(1).cpu() for x in (first.baseline_logits, first.lora_logits))
     corrected = (labels == digit) & (baseline != digit) & (lora == digit)
-    spoiled = (labels != digit) & (baseline != digit) & (lora == digit)
+    spoiled = (labels != digit) & (baseline == labels) & (lora == digit)
     rows = (
         (
             corrected,
             baseline,
             f"images of {digit} that LoRA corrects; above, what the baseline said",
         ),
-        (spoiled, labels, f"other digits that LoRA now calls {digit}; above, what they are"),
+        (
+            spoiled,
+            labels,
+            f"images that were right and that LoRA now calls {digit}; above, what they are",
+        ),
     )
     figure = Figure(figsize=(10, 3.8))
     grid = figure.add_gridspec(2, 8, left=0.01, right=0.99, top=0.82, bottom=0.02, hspace=0.6)
@@ -873,16 +941,20 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
     """What metrics.json holds: no date, no time and no folder, so that runs can be compared."""
 
     def method(m: Method) -> dict[str, Any]:
-        costs = {key: value for key, value in vars(m).items() if key != "scores"}
-        return {**costs, **vars(m.scores.test), "validation": vars(m.scores.validation)}
+        costs = {key: value for key, value in vars(m).items() if key != "test"}
+        return {**costs, **vars(m.test)}
 
-    def point(dial: str, at: float, scores: Scores) -> dict[str, float]:
+    def points(dials: Mapping[str, Mapping[float, Score]]) -> dict[str, list[dict[str, float]]]:
         return {
-            "bias" if dial == "logit_bias" else "strength": at,
-            "accuracy": scores.test.accuracy,
-            "target_errors": scores.test.errors[settings.digit],
-            "validation_accuracy": scores.validation.accuracy,
-            "validation_target_errors": scores.validation.errors[settings.digit],
+            name: [
+                {
+                    "bias" if name == "logit_bias" else "strength": at,
+                    "accuracy": score.accuracy,
+                    "target_errors": score.errors[settings.digit],
+                }
+                for at, score in dial.items()
+            ]
+            for name, dial in dials.items()
         }
 
     def entry(run: Run) -> dict[str, Any]:
@@ -899,10 +971,8 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
             "logit_bias": run.logit_bias,
             "control_at_lora_errors": run.control_at_lora_errors,
             "update_energy_rank1": {name: kept[0] for name, kept in run.update_energy.items()},
-            "trade_off": {
-                dial: [point(dial, at, scores) for at, scores in points.items()]
-                for dial, points in run.trade_off.items()
-            },
+            "trade_off": points(run.trade_off),
+            "validation": points(run.validation),
         }
 
     environment = {
@@ -912,6 +982,9 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
         "device": str(device),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": [
+            name for name, has in torch.cpu.get_capabilities().items() if has and "bf16" in name
+        ],
     }
     config = {key: value for key, value in asdict(settings).items() if not key.endswith("_dir")}
     return {"config": config, "environment": environment, "runs": [entry(run) for run in runs]}
@@ -943,10 +1016,11 @@ def print_results(settings: Settings, runs: Sequence[Run], image_energy: Sequenc
     print(f"  ok  LoRA adds {added:,} parameters: +{100 * runs[0].parameter_overhead:.3f} %")
 
     print(f"\nresults on the 10,000 test images{seeds_text(runs)}\n{results_table(digit, runs)}\n")
-    baselines = [run.methods["baseline"].scores.test.errors for run in runs]
-    worst = Counter(errors.index(max(errors)) for errors in baselines).most_common()
-    names = ", ".join(f"{d}" + f" in {times} seeds" * several for d, times in worst)
-    print(f"The baseline's worst digit: {names}.")
+    baselines = [run.methods["baseline"].test.errors for run in runs]
+    worst = Counter(d for errors in baselines for d in range(10) if errors[d] == max(errors))
+    digits = " ".join(str(d) for d in sorted(worst) if worst[d] == max(worst.values()))
+    times = f" (or tied) in {max(worst.values())} of {len(runs)} seeds" if several else ""
+    print(f"The baseline's worst digit{times}: {digits}.")
     strength = number([run.lora_strength for run in runs], 2)
     bias = number([run.logit_bias for run in runs], 2)
     how = "chosen on validation" if settings.strength is None else "as given"
@@ -969,8 +1043,8 @@ class InputError(Exception):
 
 
 LARGEST_SEED = 2**63 - 1
-COUNT = ("a whole number from 1 up", lambda value: value >= 1)
-POSITIVE = ("a finite number above 0", lambda value: 0 < value < math.inf)
+COUNT = ("a whole number from 1 to 1,000,000", lambda value: 1 <= value <= 10**6)
+POSITIVE = ("a number from 1e-20 to 1e20", lambda value: 1e-20 <= value <= 1e20)
 ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "digit": ("a digit from 0 to 9", lambda value: 0 <= value <= 9),
     "rank": ("1 to 10, which the smallest layer can hold", lambda value: 1 <= value <= 10),
@@ -1000,25 +1074,28 @@ def parse(arguments: Sequence[str] | None) -> Settings:
 
         def value(text: str, kind: Any = kind, allowed: str = allowed, holds: Any = holds) -> Any:
             try:
-                if holds(kind(text)):
+                if text and holds(kind(text)):
                     return kind(text)
             except ValueError:
                 pass
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give {allowed}")
 
         help = setting.metadata["help"]
+        if setting.default is not None:
+            help += f" (default: {setting.default})".replace("%", "%%")
         parser.add_argument(
             "--" + setting.name.replace("_", "-"),
             type=value,
             default=setting.default,
             metavar=kind.__name__.upper().removeprefix("POSIX"),
-            help=help if setting.default is None else f"{help} (default: {setting.default})",
+            help=help,
         )
     settings = Settings(**vars(parser.parse_args(arguments)))
     if settings.seed + settings.seeds - 1 > LARGEST_SEED:
         asked = f"--seed {settings.seed} --seeds {settings.seeds}"
         raise InputError(f"{asked}: the last seed is above 2^63 - 1, give a lower --seed")
-    return settings
+    folders = settings.data_dir.expanduser(), settings.output_dir.expanduser()
+    return replace(settings, data_dir=folders[0], output_dir=folders[1])
 
 
 def make_repeatable() -> None:
@@ -1028,6 +1105,7 @@ def make_repeatable() -> None:
     torch.set_flush_denormal(True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA refuses
     torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("highest")  # but for training
 
 
 def pick_device(name: str) -> torch.device:
@@ -1054,7 +1132,10 @@ def read_data(folder: Path, device: torch.device) -> Data:
             if (raw / name).exists() and not check_integrity(raw / name, md5):
                 raise InputError(f"{raw / name} is damaged: delete it, to extract it anew")
         return load_mnist(folder, device)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
+        if isinstance(error, OSError) and error.filename:
+            where, advice = Path(error.filename), "mend its permissions or give another folder"
+            raise InputError(f"--data-dir {folder}: {where}: {error.strerror}, {advice}") from error
         wrong = [
             f"{name} is {'damaged' if (raw / name).exists() else 'missing'}"
             for name, md5 in MNIST.resources
@@ -1084,12 +1165,16 @@ def prepare_output(folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise InputError(f"--output-dir {folder}: {error.strerror}, give another folder") from error
+        where = error.filename or folder
+        raise InputError(
+            f"--output-dir {folder}: {where}: {error.strerror}, give another"
+        ) from error
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all under temporary names, then rename: each file is the old one or the new one."""
     parts = {folder / f"{name}.part": folder / name for name in files}
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would leave some old, some new
     try:
         for part, content in zip(parts, files.values(), strict=True):
             part.write_bytes(content)
@@ -1100,7 +1185,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         raise InputError(f"--output-dir {folder}: {error.strerror}, {advice}") from error
     finally:
         for part in parts:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager
@@ -1144,25 +1231,25 @@ def run_experiment(settings: Settings) -> None:
     files["baseline.pt"] = to_bytes(first.baseline.state_dict())
     files["adapter/adapter_config.json"] = to_json(adapter_config(settings, first.baseline))
     files["adapter/adapter_model.bin"] = to_bytes(first.adapter)
-    write_files(settings.output_dir, files)
     print_results(settings, runs, energy_kept(torch.linalg.svdvals(image)))
+    write_files(settings.output_dir, files)
     print("\nfiles", *(settings.output_dir / name for name in files), sep="\n  ")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # if closed
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
-        settings = parse(arguments)
-        run_experiment(settings)
+        run_experiment(parse(arguments))
         return 0
     except InputError as error:
         status, message = 2, str(error)
     except RunError as error:
         status, message = 1, str(error)
     except KeyboardInterrupt:
-        status, message = (130, f"interrupted: {settings.output_dir} holds what it held before")
+        status, message = 130, "interrupted: the output folder holds what it held before"
     except OSError as error:  # nothing can be printed: what is still in the buffer has to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # as in "python main.py | head"

@@ -42,14 +42,14 @@ def mnist() -> main.Data:
 
 @pytest.fixture(scope="session")
 def whole_run(mnist: main.Data, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    """`python -O /path/to/main.py > log` in another folder, with no display."""
+    """`python /path/to/main.py > log` in another folder, with no display."""
     folder = tmp_path_factory.mktemp("elsewhere")
     hidden = ("MPLBACKEND", "DISPLAY", "WAYLAND_DISPLAY")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     before = data_files()
     with (folder / "log").open("w") as log:
         done = subprocess.run(
-            [sys.executable, "-O", str(SCRIPT)],
+            [sys.executable, str(SCRIPT)],
             cwd=folder,
             env=environment,
             stdout=log,

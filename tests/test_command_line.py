@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from conftest import SCRIPT, SMALL
 
 import main
 
-POSITIVE = ["0", "-1", "-0.5", "nan", "inf", "-inf", "-1e-3", "x", ""]
-COUNTS = ["0", "-1", "1.5", "nan", "inf", "x"]
+POSITIVE = ["0", "-1", "-0.5", "nan", "inf", "-inf", "-1e-3", "1e39", "1e-310", "x", ""]
+COUNTS = ["0", "-1", "1.5", "nan", "inf", "x", "1" + 400 * "0"]
 BAD = {
     "--digit": ["10", "-1", "9.5", "nine"],
     "--rank": ["0", "-1", "11", "1.5"],
@@ -23,6 +24,7 @@ BAD = {
     "--strength": ["-0.1", "1.1", "nan"],
     "--max-accuracy-drop": ["-1", "101", "nan", "inf"],
     "--device": ["tpu", "CPU"],
+    "--data-dir": [""],
     **dict.fromkeys(["--alpha", "--lr", "--lora-lr", "--full-lr"], POSITIVE),
     **dict.fromkeys(
         ["--seeds", "--epochs", "--batch-size", "--lora-epochs", "--lora-batch-size"], COUNTS
@@ -83,20 +85,27 @@ def test_an_output_folder_that_cannot_be_written(
 ) -> None:
     monkeypatch.setattr(main, "train", lambda *_: pytest.fail("found out only after training"))
     (tmp_path / "file").write_text("old")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/outputs")):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "adapter").write_text("old")
+    for folder, cause in (
+        (tmp_path / "file", tmp_path / "file"),
+        (tmp_path / "file" / "below", tmp_path / "file" / "below"),
+        (tmp_path / "taken", tmp_path / "taken" / "adapter"),
+        (Path("/proc/outputs"), Path("/proc/outputs")),
+    ):
         assert main.main(["--output-dir", str(folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"--output-dir {folder}" in line
+        assert f"--output-dir {folder}: {cause}: " in line
     assert (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "stage"),
     [
-        ("--lr", "1e38", "baseline"),
-        ("--lora-lr", "1e38", "LoRA"),
+        ("--lr", "1e20", "baseline"),
+        ("--lora-lr", "1e20", "LoRA"),
         ("--alpha", "1e18", "LoRA"),
-        ("--full-lr", "1e38", "full fine-tuning"),
+        ("--full-lr", "1e20", "full fine-tuning"),
     ],
 )
 def test_divergence_ends_with_status_1_and_what_to_lower(
@@ -108,6 +117,12 @@ def test_divergence_ends_with_status_1_and_what_to_lower(
     assert " step" in line
     assert option in line.partition("lower ")[2]
     assert (output / "metrics.json").read_text() == "old"
+
+
+def test_a_folder_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = main.parse(["--output-dir", "~/out", "--data-dir", "~/in"])
+    assert (settings.output_dir, settings.data_dir) == (tmp_path / "out", tmp_path / "in")
 
 
 def test_help_names_each_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +167,26 @@ sys.exit(main.main({[*SMALL, "--output-dir", str(tmp_path / "there")]!r}))
     assert here == there
 
 
+def test_python_with_o_strips_no_check(
+    small: main.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimised = ModuleType("optimised")  # compiled as by `python -O`; all of torch would take long
+    monkeypatch.setitem(sys.modules, "optimised", optimised)
+    vars(optimised)["__file__"] = str(SCRIPT)
+    exec(compile(SCRIPT.read_text(), SCRIPT, "exec", optimize=1), vars(optimised))  # noqa: S102
+    optimised.read_data = lambda folder, device: small
+    assert optimised.main([*SMALL, "--output-dir", str(tmp_path)]) == 0
+    layer = torch.nn.Linear(2, 2)
+    for check, arguments in {
+        optimised.check_frozen: ({"bias": layer.bias.detach() + 1}, layer),
+        optimised.check_off: (torch.zeros(1, 10), torch.ones(1, 10)),
+        optimised.check_merged: (torch.eye(10), torch.eye(10).flip(0)),
+        optimised.check_overhead: (1, 100, 1),
+    }.items():
+        with pytest.raises(optimised.RunError):
+            check(*arguments)
+
+
 def test_two_seeds_are_two_single_runs(small: main.Data, tmp_path: Path) -> None:
     runs = {}
     for name, arguments in {
@@ -182,8 +217,17 @@ def test_interruption_leaves_the_outputs_of_before(output: Path) -> None:
     process.stdout.read()
     (line,) = process.stderr.read().splitlines()
     assert process.wait() == 130
-    assert f"interrupted: {output} holds what it held before" in line
+    assert line == "main.py: interrupted: the output folder holds what it held before"
     assert saved(output) == {"metrics.json": b"old"}
+
+
+def test_no_standard_streams_is_no_error(
+    small: main.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&- 2>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main.main([*SMALL, "--output-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "metrics.json").exists()
 
 
 def test_a_reader_that_leaves_early_is_no_error(output: Path) -> None:

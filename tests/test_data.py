@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def test_no_archives_and_no_network(folder: Path, capsys: pytest.CaptureFixture[
     assert all(f"{name} is missing" in line for name in ARCHIVES)
 
 
+def test_a_network_that_answers_nonsense(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:abc")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(MNIST, "mirrors", ["http://example.invalid/"])
+    assert all(f"{name} is missing" in run(folder, capsys) for name in ARCHIVES[:1])
+
+
+def test_a_data_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").touch()
+    line = run(tmp_path / "data", capsys)
+    assert f"--data-dir {tmp_path / 'data'}: {tmp_path / 'data'}" in line
+    assert "give another folder" in line
+
+
 @pytest.mark.parametrize("damage", ["cut", "altered"])
 def test_damaged_archive(damage: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = folder / "MNIST" / "raw"
@@ -103,6 +120,29 @@ def test_damaged_extracted_file(
         shutil.copy(RAW / "train-labels-idx1-ubyte", raw / name)
     line = run(folder, capsys)
     assert f"{raw / name} is damaged: delete it" in line
+
+
+def test_extracted_files_need_no_archives_and_no_right_to_write(mnist: main.Data) -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folder is closed to others
+        raw = Path(temporary) / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in main.EXTRACTED:
+            shutil.copy(RAW / name, raw)
+            (raw / name).chmod(0o444)
+        for folder in (raw, raw.parent, raw.parent.parent):
+            folder.chmod(0o555)
+        user = os.geteuid()
+        try:
+            if user == 0:  # whom no permission stops
+                os.seteuid(65534)
+            with pytest.raises(PermissionError):
+                (raw / "new").touch()
+            data = main.read_data(Path(temporary), torch.device("cpu"))
+        finally:
+            os.seteuid(user)
+            for folder in (raw.parent.parent, raw.parent, raw):
+                folder.chmod(0o755)
+    assert torch.equal(data.test.images, mnist.test.images)
 
 
 def test_a_batch_larger_than_its_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

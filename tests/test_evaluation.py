@@ -16,7 +16,7 @@ RECIPE = main.Recipe("toy", 1, 1, 0.1, "--lr")
 def test_logits_of_chunks_that_do_not_divide_the_images() -> None:
     model = nn.Linear(4, 10)
     images = torch.randn(2300, 4)
-    logits = main.compute_logits(model, images, RECIPE)
+    logits = main.evaluate(model, images, RECIPE)
     torch.testing.assert_close(logits, model(images).detach())
 
 
@@ -24,7 +24,7 @@ def test_a_logit_that_is_not_finite_names_stage_and_option() -> None:
     model = nn.Linear(4, 10)
     nn.init.constant_(model.bias, float("inf"))
     with pytest.raises(main.RunError, match=r"toy: a logit .* last step; lower --lr"):
-        main.compute_logits(model, torch.zeros(2, 4), RECIPE)
+        main.evaluate(model, torch.zeros(2, 4), RECIPE)
 
 
 def test_score_against_a_count_by_hand() -> None:
@@ -38,17 +38,45 @@ def test_score_against_a_count_by_hand() -> None:
     assert main.score(logits, labels, digit=4).false_positives == 1
 
 
-def test_grade_splits_validation_from_test() -> None:
-    labels = torch.tensor([1, 2, 3])
-    split = main.Split(torch.zeros(3, 784), labels)
-    data = main.Data(
-        train=split, validation=split, test=main.Split(torch.zeros(1, 784), labels[:1])
-    )
-    logits = torch.nn.functional.one_hot(torch.tensor([1, 2, 0, 5]), 10).float()
-    scores = main.grade(logits, data, digit=9)
-    assert scores.validation.accuracy == 2 / 3
-    assert scores.test.accuracy == 0
-    assert scores.test.errors[1] == 1
+def test_the_dial_is_the_model_at_each_strength_and_leaves_it_alone() -> None:
+    torch.manual_seed(0)
+    base = main.MNISTClassifier()
+    model = main.attach_lora(copy.deepcopy(base), rank=2, alpha=3.0)
+    for lora in main.lora_layers(model).values():
+        nn.init.normal_(lora.lora_B, std=0.1)
+    images, strengths = torch.randn(1100, 784), [0.0, 0.3, 0.8, 1.0]
+    expected = {at: model_logits(model, at, images) for at in strengths}
+    before = copy.deepcopy(model.state_dict())
+
+    dial = main.turn_dial(model, strengths, images, RECIPE)
+
+    assert list(dial) == strengths
+    for at in strengths:
+        torch.testing.assert_close(dial[at], expected[at], atol=1e-4, rtol=1e-4)
+        assert (expected[at] - expected[0.0]).abs().max() >= 0.1 * at
+    assert torch.equal(dial[0.0], main.evaluate(base, images, RECIPE))
+    assert torch.equal(dial[1.0], expected[1.0])
+    assert [lora.strength for lora in main.lora_layers(model).values()] == [1.0] * 3
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert torch.equal(main.evaluate(model, images, RECIPE), expected[1.0])
+
+
+def model_logits(model: nn.Module, strength: float, images: torch.Tensor) -> torch.Tensor:
+    logits = main.evaluate(main.set_strength(model, strength), images, RECIPE)
+    main.set_strength(model, 1.0)
+    return logits
+
+
+@pytest.mark.parametrize("digit", range(10))
+def test_the_controls_dial_moves_one_logit(digit: int) -> None:
+    logits = torch.randn(5, 10)
+    dial = main.add_biases(logits, digit)
+    assert list(dial) == [i / 4 for i in range(33)]
+    assert torch.equal(dial[0.0], logits)
+    expected = logits.clone()
+    expected[:, digit] += 2.25
+    assert torch.equal(dial[2.25], expected)
 
 
 def test_interpolate_is_a_straight_line_and_leaves_its_ends_alone() -> None:
@@ -63,15 +91,6 @@ def test_interpolate_is_a_straight_line_and_leaves_its_ends_alone() -> None:
     main.check_frozen(ends[1], end)
 
 
-def dial(*validation: float) -> dict[float, main.Scores]:
-    """Positions 0, 1, 2, ... with these validation accuracies, and the reverse of them on test."""
-    scores = [main.Score(accuracy, [0] * 10, 0) for accuracy in validation]
-    return {
-        float(at): main.Scores(score, test)
-        for at, (score, test) in enumerate(zip(scores, reversed(scores), strict=True))
-    }
-
-
 @pytest.mark.parametrize(
     ("accuracies", "drop", "chosen"),
     [
@@ -83,8 +102,11 @@ def dial(*validation: float) -> dict[float, main.Scores]:
         ((0.97, 0.9698, 0.97), 0, 2),
     ],
 )
-def test_choose_looks_at_validation_alone(accuracies, drop: float, chosen: float) -> None:
-    assert main.choose(dial(*accuracies), drop) == chosen
+def test_choose_takes_the_furthest_position_that_costs_no_more(
+    accuracies: tuple[float, ...], drop: float, chosen: float
+) -> None:
+    dial = {float(at): main.Score(acc, [0] * 10, 0) for at, acc in enumerate(accuracies)}
+    assert main.choose(dial, drop) == chosen
 
 
 @pytest.fixture

@@ -33,6 +33,23 @@ def test_the_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], ra
     assert main.energy_kept(singular_values)[rank - 1] == pytest.approx(kept.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_low_rank_part_of_what_training_added(rank: int) -> None:
+    torch.manual_seed(0)
+    before, after = main.MNISTClassifier(), main.MNISTClassifier()
+    model, energy = main.low_rank_part(before, after, rank)
+    assert list(energy) == ["linear1", "linear2", "linear3"]
+    for name, kept in energy.items():
+        layers = [m.get_submodule(name) for m in (before, after, model)]
+        W, trained, got = (layer.weight.detach() for layer in layers)
+        U, S, Vh = torch.linalg.svd((trained - W).double(), full_matrices=False)
+        best = W + (U[:, :rank] * S[:rank] @ Vh[:rank]).float()
+        torch.testing.assert_close(got, best, atol=1e-5, rtol=1e-4)
+        assert torch.equal(layers[2].bias, layers[0].bias)
+        share = S[:rank].square().sum() / S.square().sum()
+        assert kept[rank - 1] == pytest.approx(share.item(), abs=1e-5)
+
+
 def test_energy_by_hand() -> None:
     assert main.energy_kept(torch.tensor([2.0, 1.0, 0.0])) == pytest.approx([0.8, 1, 1])
     assert main.energy_kept(torch.zeros(3)) == [1, 1, 1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +18,19 @@ def score(accuracy: float, errors: int) -> main.Score:
     return main.Score(accuracy, [errors] * 10, false_positives=errors)
 
 
-def run(seed: int, lora: int = 4, shift: float = 0.0) -> main.Run:
+def run(seed: int, lora: int = 4) -> main.Run:
     """A run whose control has 20, 10, 4 and 0 errors on each digit, at 97, 96, 94 and 80 %."""
 
-    def scores(accuracy: float, errors: int) -> main.Scores:
-        return main.Scores(score(accuracy, errors), score(accuracy + shift, errors))
-
-    dial = {0.0: scores(0.97, 20), 1.0: scores(0.96, 10), 2.0: scores(0.94, 4), 3.0: scores(0.8, 0)}
-    method = main.Method(2_807_010, 22_456_104, 11_230_437, scores(0.92, lora))
+    dial = {0.0: score(0.97, 20), 1.0: score(0.96, 10), 2.0: score(0.94, 4), 3.0: score(0.8, 0)}
+    method = main.Method(2_807_010, 22_456_104, 11_230_437, score(0.92, lora))
     return main.Run(
         seed=seed,
         methods=dict.fromkeys([*main.LOOKS, "lora_off"], method),
         parameter_overhead=0.00242,
         lora_strength=0.5,
         logit_bias=2.5,
-        control_at_lora_errors=main.best_accuracy(dial, 9, lora),
+        control_at_lora_errors=main.read_off(dial, 9, lora),
+        validation={"lora": {0.0: score(0.98, 7)}},
         trade_off={"lora": dial, "logit_bias": dial, "full": dial},
         update_energy={"linear1": [0.5, 1.0], "linear2": [0.6, 1.0], "linear3": [0.9, 1.0]},
     )
@@ -77,7 +77,7 @@ def test_the_comparison_can_be_a_draw_or_impossible() -> None:
     assert "as much as LoRA" in main.compare_with_control(9, [draw])
     never = replace(run(1), control_at_lora_errors=None)
     assert "dial ends before" in main.compare_with_control(9, [run(0), never])
-    assert main.best_accuracy({}, 9, most=4) is None
+    assert main.read_off({}, 9, most=4) is None
 
 
 @pytest.mark.parametrize("seeds", [1, 20])
@@ -94,19 +94,29 @@ def test_what_is_printed_fits_80_columns(seeds: int, capsys: pytest.CaptureFixtu
     assert "LoRA at strength 0.50" in (out := capsys.readouterr().out) and "(as given)" in out
 
 
-def test_metrics_have_no_folder_and_both_scores() -> None:
-    content = main.metrics(main.Settings(), torch.device("cpu"), [run(3, shift=0.01)])
+def test_the_worst_digit_is_counted_with_ties(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run(seed) for seed in range(3)]
+    for one, errors in zip(runs, ({9: 7}, {9: 7, 2: 7}, {2: 8, 9: 7, 4: 8}), strict=True):
+        found = main.Score(0.9, [errors.get(d, 0) for d in range(10)], 0)
+        one.methods["baseline"] = replace(one.methods["baseline"], test=found)
+    for number, line in (
+        (1, "The baseline's worst digit: 9."),
+        (3, "The baseline's worst digit (or tied) in 2 of 3 seeds: 2 9."),
+    ):
+        main.print_results(main.Settings(), runs[:number], [0.5] * 28)
+        assert line in capsys.readouterr().out.splitlines()
+
+
+def test_metrics_have_no_folder_and_both_sets_of_images() -> None:
+    content = main.metrics(main.Settings(), torch.device("cpu"), [run(3)])
     assert "data_dir" not in content["config"]
     assert content["config"]["lora_lr"] == main.Settings().lora_lr
     (entry,) = content["runs"]
-    assert entry["methods"]["lora"]["accuracy"] == 0.93
-    assert entry["methods"]["lora"]["validation"]["accuracy"] == 0.92
-    assert entry["trade_off"]["logit_bias"][1] == {
-        "bias": 1.0,
-        "accuracy": 0.97,
-        "target_errors": 10,
-        "validation_accuracy": 0.96,
-        "validation_target_errors": 10,
+    assert entry["methods"]["lora"]["accuracy"] == 0.92
+    point = {"bias": 1.0, "accuracy": 0.96, "target_errors": 10}
+    assert entry["trade_off"]["logit_bias"][1] == point
+    assert entry["validation"] == {
+        "lora": [{"strength": 0.0, "accuracy": 0.98, "target_errors": 7}]
     }
     assert "strength" in entry["trade_off"]["full"][0]
     assert entry["update_energy_rank1"] == {"linear1": 0.5, "linear2": 0.6, "linear3": 0.9}
@@ -135,3 +145,23 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     main.write_files(tmp_path, {"first": b"new"})
     assert (tmp_path / "first").read_bytes() == b"new"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    main.write_files(tmp_path, {"first": b"old", "second": b"old"})
+    child = os.fork()
+    if not child:  # the kernel kills it after 1000 bytes of the second file
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        main.write_files(tmp_path, {"first": b"new", "second": bytes(2000)})
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXFSZ
+    assert any(path.stat().st_size == 1000 for path in tmp_path.iterdir())  # half of one
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes() == b"old"
+    main.write_files(tmp_path, {"first": b"new", "second": b"new"})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "first": b"new",
+        "second": b"new",
+    }

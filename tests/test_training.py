@@ -58,8 +58,27 @@ def test_the_optimiser_holds_two_moments_of_what_is_trained() -> None:
     main.check_frozen(frozen, model[0])
 
 
+def test_precision_is_reduced_in_training_alone() -> None:
+    seen = []
+
+    class Watch(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    _, split = toy()
+    model = Watch(6, 10)
+    main.train(model, split, main.Recipe("toy", 1, 50, 0.01, "--lr"), seed=0)
+    main.evaluate(model, split.images, main.Recipe("toy", 1, 50, 0.01, "--lr"))
+    assert seen == ["medium", "highest"]
+    with pytest.raises(KeyError), main.reduced_precision():
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_loss_that_is_not_finite_names_stage_step_and_option() -> None:
     model, split = toy()
-    split.images[0] = float("nan")
-    with pytest.raises(main.RunError, match=r"toy: the loss is nan at step \d of 4; lower --lr"):
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    split.images[order[40]] = float("nan")  # in the third batch
+    with pytest.raises(main.RunError, match=r"toy: the loss is nan at step 3 of 4; lower --lr"):
         main.train(model, split, main.Recipe("toy", 1, 16, 0.01, "--lr"), seed=0)
