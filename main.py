@@ -375,18 +375,23 @@ def count_trainable(model: nn.Module) -> int:
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, inputs: Tensor, recipe: Recipe) -> Tensor:
-    """Logits (n, 10) of images (n, 784), or what any other module makes of inputs (n, in).
+CHUNK = 2500  # images that are evaluated at once
 
-    Raises RunError, which names the recipe of the training, if a value is not finite.
-    """
-    with parametrize.cached():  # W + B A once, not once per chunk
-        outputs = torch.cat([model(chunk) for chunk in inputs.split(1000)])
-    if not outputs.isfinite().all():
+
+def check_finite(logits: Tensor, recipe: Recipe) -> Tensor:
+    """The logits themselves. Raises RunError, which names the training, if one is not finite."""
+    if not logits.isfinite().all():
         where = "a logit is not finite after the last step"
         raise RunError(f"{recipe.name}: {where}; lower {recipe.to_lower}")
-    return outputs
+    return logits
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, images: Tensor, recipe: Recipe) -> Tensor:
+    """Logits (n, 10) of images (n, 784) by a model that `recipe` trained."""
+    with parametrize.cached():  # W + B A once, not once per chunk
+        logits = torch.cat([model(chunk) for chunk in images.split(CHUNK)])
+    return check_finite(logits, recipe)
 
 
 @torch.inference_mode()
@@ -399,15 +404,14 @@ def turn_dial(
     a straight line: two evaluations of that layer serve all strengths.
     """
     first = model.get_submodule("linear1")
-    off, on = (evaluate(set_strength(first, at), images, recipe) for at in (0.0, 1.0))
     rest = copy.deepcopy(model)
     rest.set_submodule("linear1", nn.Identity())
-    hidden = torch.empty_like(off)
-    logits = {}
-    for strength in progress(strengths, desc="LoRA's dial"):
-        torch.lerp(off, on, strength, out=hidden)  # anew, since the model's ReLU works in place
-        logits[strength] = evaluate(set_strength(rest, strength), hidden, recipe)
-    return logits
+    logits: dict[float, list[Tensor]] = {strength: [] for strength in strengths}
+    for chunk in progress(images.split(CHUNK), desc="LoRA's dial", unit="chunk"):
+        off, on = (set_strength(first, at)(chunk) for at in (0.0, 1.0))
+        for strength, chunks in logits.items():
+            chunks.append(set_strength(rest, strength)(off.lerp(on, strength)))
+    return {at: check_finite(torch.cat(chunks), recipe) for at, chunks in logits.items()}
 
 
 @dataclass(frozen=True)
@@ -903,15 +907,20 @@ def draw_examples(digit: int, test: Split, first: Artifacts, seed: int) -> Figur
         ),
     )
     figure = Figure(figsize=(10, 3.8))
-    grid = figure.add_gridspec(2, 8, left=0.01, right=0.99, top=0.82, bottom=0.02, hspace=0.6)
-    for row, (which, titles, text) in enumerate(rows):
+    figure.subplots_adjust(0.01, 0.02, 0.99, 0.82, hspace=0.6)
+    for axes, (which, titles, text) in zip(figure.subplots(2), rows, strict=True):
         indices = which.nonzero().flatten().tolist()
-        figure.text(0.5, 0.94 - 0.49 * row, f"{len(indices)} {text} (seed {seed})", ha="center")
+        strip = torch.zeros(28, 8 * 28)
         for column, index in enumerate(indices[:8]):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(pixels(test.images[index]).numpy(), cmap="gray_r", vmin=0, vmax=1)
-            axes.set_title(f"{titles[index]}")
-            axes.axis("off")
+            strip[:, 28 * column : 28 * (column + 1)] = pixels(test.images[index])
+        axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set_title(f"{len(indices)} {text} (seed {seed})", fontsize=11, pad=24)
+        ticks = {28 * column + 13.5: int(titles[i]) for column, i in enumerate(indices[:8])}
+        axes.set_xticks(list(ticks), list(map(str, ticks.values())))
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, labelsize=12)
+        axes.set_yticks([])
+        axes.set_frame_on(False)
     return figure
 
 

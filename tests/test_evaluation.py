@@ -15,7 +15,7 @@ RECIPE = main.Recipe("toy", 1, 1, 0.1, "--lr")
 
 def test_logits_of_chunks_that_do_not_divide_the_images() -> None:
     model = nn.Linear(4, 10)
-    images = torch.randn(2300, 4)
+    images = torch.randn(2 * main.CHUNK + 300, 4)
     logits = main.evaluate(model, images, RECIPE)
     torch.testing.assert_close(logits, model(images).detach())
 
@@ -44,7 +44,7 @@ def test_the_dial_is_the_model_at_each_strength_and_leaves_it_alone() -> None:
     model = main.attach_lora(copy.deepcopy(base), rank=2, alpha=3.0)
     for lora in main.lora_layers(model).values():
         nn.init.normal_(lora.lora_B, std=0.1)
-    images, strengths = torch.randn(1100, 784), [0.0, 0.3, 0.8, 1.0]
+    images, strengths = torch.randn(main.CHUNK + 100, 784), [0.0, 0.3, 0.8, 1.0]
     expected = {at: model_logits(model, at, images) for at in strengths}
     before = copy.deepcopy(model.state_dict())
 
