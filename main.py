@@ -406,12 +406,13 @@ def turn_dial(
     first = model.get_submodule("linear1")
     rest = copy.deepcopy(model)
     rest.set_submodule("linear1", nn.Identity())
-    logits: dict[float, list[Tensor]] = {strength: [] for strength in strengths}
-    for chunk in progress(images.split(CHUNK), desc="LoRA's dial", unit="chunk"):
-        off, on = (set_strength(first, at)(chunk) for at in (0.0, 1.0))
-        for strength, chunks in logits.items():
-            chunks.append(set_strength(rest, strength)(off.lerp(on, strength)))
-    return {at: check_finite(torch.cat(chunks), recipe) for at, chunks in logits.items()}
+    logits = {strength: images.new_empty(len(images), 10) for strength in strengths}
+    for start in progress(range(0, len(images), CHUNK), desc="LoRA's dial", unit="chunk"):
+        rows = slice(start, start + CHUNK)
+        off, on = (set_strength(first, at)(images[rows]) for at in (0.0, 1.0))
+        for strength, outputs in logits.items():
+            outputs[rows] = set_strength(rest, strength)(off.lerp(on, strength))
+    return {strength: check_finite(outputs, recipe) for strength, outputs in logits.items()}
 
 
 @dataclass(frozen=True)
