@@ -328,7 +328,7 @@ class Recipe:
 def reduced_precision() -> Iterator[None]:
     """Let float32 matrices be multiplied in bfloat16 on a CPU that has it, in TF32 on CUDA.
 
-    For training alone, which takes a third less time where it applies.
+    For training alone, which takes a third less time on a CPU with AMX.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -426,7 +426,7 @@ class Score:
 
 def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
     """Compare logits (n, 10) with labels (n,)."""
-    predictions = logits.argmax(1)
+    labels, predictions = labels.cpu(), logits.argmax(1).cpu()
     wrong = predictions != labels
     return Score(
         accuracy=int((~wrong).sum()) / len(labels),
