@@ -165,3 +165,17 @@ def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
         "first": b"new",
         "second": b"new",
     }
+
+
+def test_an_interruption_waits_until_all_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(part: Path, path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.replace(part, path)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    main.write_files(tmp_path, {"first": b"new", "second": b"new"})
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+    assert signal.getsignal(signal.SIGINT) is before
