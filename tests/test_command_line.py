@@ -209,6 +209,8 @@ def test_interruption_leaves_the_outputs_of_before(output: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell starts its background jobs, as these tests may be, with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if "read MNIST" in line:
