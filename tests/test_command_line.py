@@ -204,14 +204,15 @@ def test_two_seeds_are_two_single_runs(small: main.Data, tmp_path: Path) -> None
 
 
 def test_interruption_leaves_the_outputs_of_before(output: Path) -> None:
+    # a shell starts a background job with SIGINT ignored, and what is ignored is inherited
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--output-dir", output],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell starts its background jobs, as these tests may be, with SIGINT ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if "read MNIST" in line:
             process.send_signal(signal.SIGINT)
