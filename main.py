@@ -279,10 +279,8 @@ def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def energy_kept(singular_values: Tensor) -> list[float]:
     """The share of the sum of squares that ranks 1, 2, ... keep, in [0, 1]."""
     energy = singular_values.double().square().cumsum(0)
-    shares: list[float] = (
-        (energy / energy[-1]).nan_to_num(1.0).tolist()
-    )  # a zero matrix is kept whole
-    return shares
+    shares = (energy / energy[-1]).nan_to_num(1.0)  # a zero matrix is kept whole
+    return [float(share) for share in shares]
 
 
 def low_rank_part(
@@ -1175,10 +1173,8 @@ def prepare_output(folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        where = error.filename or folder
-        raise InputError(
-            f"--output-dir {folder}: {where}: {error.strerror}, give another"
-        ) from error
+        where = f"{error.filename or folder}: {error.strerror}"
+        raise InputError(f"--output-dir {folder}: {where}, give another folder") from error
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
