@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms.functional import InterpolationMode, rotate
 from tqdm import tqdm
 
 gc.freeze()
@@ -180,6 +181,11 @@ class Settings:
     lora_batch_size: int = setting(128, "LoRA, full fine-tuning: images in a step", 1, 55_000)
     lora_lr: float = setting(1.5e-3, "LoRA: learning rate, which falls to 0", *RATE)
     full_lr: float = setting(5e-5, "full fine-tuning: learning rate, which falls to 0", *RATE)
+    angle: float = setting(45.0, "new data: by how many degrees the digits are turned", 0, 360)
+    biases_lr: float = setting(0.1, "new data, ten biases: learning rate, which falls to 0", *RATE)
+    rank1_lr: float = setting(2e-2, "new data, LoRA of rank 1: likewise", *RATE)
+    rank8_lr: float = setting(2e-2, "new data, LoRA of rank 8: likewise", *RATE)
+    turned_lr: float = setting(2e-3, "new data, full fine-tuning: likewise", *RATE)
     strength: float | None = setting(None, "of balanced LoRA (default: chosen on validation)", 0, 1)
     max_accuracy_drop: float = setting(1.0, "points that a balanced method may cost", 0, 100)
     device: str = setting("auto", "auto (an accelerator if there is one), cpu, cuda or mps")
@@ -236,6 +242,13 @@ def load_mnist(folder: Path, device: torch.device) -> Data:
     return Data(Split(images[0], labels[0]), Split(images[1], labels[1]), test)
 
 
+def turn(split: Split, angle: float) -> Split:
+    """The images of a split, turned counter-clockwise by `angle` degrees on black."""
+    images, black = split.images.view(-1, 1, 28, 28), -MEAN / STD
+    turned: Tensor = rotate(images - black, angle, InterpolationMode.BILINEAR) + black
+    return Split(turned.flatten(1), split.labels)
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -254,6 +267,10 @@ class Recipe:
     lr_options: str
 
 
+# Training multiplies in bfloat16 where the CPU has units for it, which takes half the time.
+BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
     """Train whatever in `model` is not frozen, in place: the one loop of every stage.
 
@@ -264,11 +281,10 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
     steps = recipe.epochs * math.ceil(len(split.images) / recipe.batch_size)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     generator = torch.Generator().manual_seed(seed)
-    # Products in bfloat16 on a CPU that has units for them, in TF32 on CUDA: a third less time.
-    torch.set_float32_matmul_precision("medium")
 
     def finite_loss(batch: Tensor) -> Tensor:
-        loss = F.cross_entropy(model(split.images[batch]), split.labels[batch])
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+            loss = F.cross_entropy(model(split.images[batch]), split.labels[batch])
         if not loss.isfinite():
             message = f"{recipe.name}: the loss is {loss.item()} after {scheduler.last_epoch} of"
             raise RunError(f"{message} {steps} steps; lower {recipe.lr_options}")
@@ -287,7 +303,6 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
                 bar.update()
     with torch.inference_mode():
         finite_loss(batch)
-    torch.set_float32_matmul_precision("highest")
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
@@ -365,6 +380,18 @@ def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
     return Score(int((~wrong).sum()) / len(labels), errors, false_positives)
 
 
+def constant_part(before: Tensor, after: Tensor) -> tuple[float, list[float]]:
+    """The constant vector (10,) in the change of logits (n, 10), after its share of the energy.
+
+    What is added to all ten logits of an image alike changes no prediction and is left out.
+    """
+    change = (after - before).double()
+    change -= change.mean(1, keepdim=True)
+    constant = change.mean(0)
+    share = len(change) * constant.square().sum() / change.square().sum()
+    return float(share.nan_to_num(0.0)), constant.tolist()
+
+
 def interpolate(start: nn.Module, end: nn.Module, strength: float) -> nn.Module:
     """A new model on the straight line between two (WiSE-FT, Wortsman et al. 2022)."""
     model, target = copy.deepcopy(start), end.state_dict()
@@ -401,12 +428,15 @@ def check_lora(baseline: nn.Module, lora: nn.Module, rank: int, images: Tensor) 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to treat the target digit: its score, and its costs."""
+    """One way to treat the target digit, or to learn new data: its scores and its costs."""
 
     test: Score
     trainable_parameters: int
     optimizer_bytes: int
     file_bytes: int
+    chosen_numbers: int = 0  # on validation
+    validation: Score | None = None  # of new data alone, as is the next
+    upright: Score | None = None  # on the test images as they were, LoRA switched off
 
 
 @dataclass(frozen=True)
@@ -415,21 +445,68 @@ class Run:
 
     seed: int
     methods: dict[str, Method]
+    new_data: dict[str, Method]
     checks: dict[str, bool | float]
     lora_strength: float  # of lora_balanced
     logit_bias: float
+    constant_share: float  # how much of LoRA's change of the logits is the same for every image
+    constant_logit: float  # what that adds to the target digit
     validation: Scores
     trade_off: Scores  # on the test images
-    update_energy: Energy  # of what full fine-tuning added to each layer
+    energies: tuple[Energy, Energy]  # of full fine-tuning's update: on the digit, on new data
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What is saved and drawn of the first seed alone."""
+    """What is saved and drawn of the first seed alone; the logits (n, 10) are of test images."""
 
     baseline: nn.Module
     adapter: dict[str, Tensor]
-    dials: Dials  # of the test images
+    logits: Dials
+    turned_logits: dict[str, Tensor]  # by method of the new data
+
+
+def learn_new_data(
+    s: Settings, seed: int, baseline: nn.Module, upright_logits: Tensor, data: Data
+) -> tuple[dict[str, Method], Energy, dict[str, Tensor]]:
+    """Learn digits that are turned, from 5,000 of them, in five ways.
+
+    Returns the ways, the energy of full fine-tuning's update, and the logits of the turned test
+    images. Raises RunError if LoRA, switched off, does not give exactly `upright_logits`, those of
+    the baseline for the test images as they were.
+    """
+    few = Split(data.train.images[:5000], data.train.labels[:5000])
+    images = [*(turn(split, s.angle) for split in (few, data.validation, data.test)), data.test]
+    logits = [Split(evaluate(baseline, split.images), split.labels) for split in images[:3]]
+    logits += [Split(upright_logits, data.test.labels)]
+    biases = nn.Linear(10, 10).to(upright_logits)  # of logits: ten numbers, added to the identity
+    nn.init.eye_(biases.weight).requires_grad_(False)
+    nn.init.zeros_(biases.bias)
+    rank1, rank8 = (attach_lora(copy.deepcopy(baseline), rank, rank) for rank in (1, 8))
+    full = copy.deepcopy(baseline)
+    methods, turned_logits = {}, {}
+    for name, model, splits, recipe in (
+        ("baseline", nn.Identity(), logits, None),
+        ("biases", biases, logits, Recipe("ten biases", 1, 128, s.biases_lr, "--biases-lr")),
+        ("lora_rank1", rank1, images, Recipe("LoRA, rank 1", 1, 128, s.rank1_lr, "--rank1-lr")),
+        ("lora_rank8", rank8, images, Recipe("LoRA, rank 8", 1, 128, s.rank8_lr, "--rank8-lr")),
+        ("full", full, images, Recipe("full fine-tuning", 1, 128, s.turned_lr, "--turned-lr")),
+    ):
+        state = train(model, splits[0], recipe, seed) if recipe else 0
+        trained = {key: x for key, x in model.named_parameters() if x.requires_grad}
+        shipped = len(to_bytes(adapter_state(model) or trained)) if trained else 0
+        found = [evaluate(model, split.images) for split in splits[1:3]]
+        found += [evaluate(set_strength(model, 0.0), splits[3].images)]
+        if lora_layers(model) and not torch.equal(found[2], upright_logits):
+            raise RunError(f"check failed: {name}, switched off, is not exactly the baseline")
+        validation, test, upright = (
+            score(x, split.labels, s.digit) for x, split in zip(found, splits[1:], strict=True)
+        )
+        costs = count_trainable(model), state, shipped
+        methods[name] = Method(test, *costs, validation=validation, upright=upright)
+        turned_logits[name] = found[1]
+    _, energy = low_rank_part(baseline, full, rank=8)
+    return methods, energy, turned_logits
 
 
 def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]:
@@ -483,20 +560,26 @@ def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]
     with stage("check what LoRA promises"):
         checks = check_lora(baseline, lora, s.rank, data.validation.images)
 
+    with stage(f"new data: learn digits turned by {s.angle:g} degrees"):
+        upright_logits = dials["full"][0.0]
+        new_data, new_energy, turned = learn_new_data(s, seed, baseline, upright_logits, data)
+
+    share, constant = constant_part(dials["lora"][0.0], dials["lora"][1.0])
     parameters = count_trainable(baseline)
     states = baseline.state_dict(), adapter, adapter_state(rank1)
     model_size, adapter_size, rank1_size = (len(to_bytes(state)) for state in states)
     methods = {
-        "baseline": Method(test["logit_bias"][0.0], parameters, baseline_state, model_size),
+        "baseline": Method(test["full"][0.0], parameters, baseline_state, model_size),
         "lora": Method(test["lora"][1.0], added, lora_state, adapter_size),
         "lora_off": Method(test["lora"][0.0], added, lora_state, adapter_size),
-        "lora_balanced": Method(test["lora"][strength], added, lora_state, adapter_size),
-        "logit_bias": Method(test["logit_bias"][bias], 1, 0, 4),  # a float32, not trained
+        "lora_balanced": Method(test["lora"][strength], added, lora_state, adapter_size, 1),
+        "logit_bias": Method(test["logit_bias"][bias], 0, 0, 4, 1),  # 4 bytes: a float32
         "full": Method(test["full"][1.0], parameters, full_state, model_size),
         "full_rank1": Method(rank1_score, parameters, full_state, rank1_size),
     }
-    run = Run(seed, methods, checks, strength, bias, validation, test, energy)
-    return run, Artifacts(baseline, adapter, dials)
+    numbers = strength, bias, share, constant[digit]
+    run = Run(seed, methods, new_data, checks, *numbers, validation, test, (energy, new_energy))
+    return run, Artifacts(baseline, adapter, dials, turned)
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -509,7 +592,14 @@ NAMES = {  # of the methods that are shown, with colours by Okabe and Ito for co
     "full": ("full fine-tuning", "#d55e00"),
     "full_rank1": ("its rank-1 part", "#cc79a7"),
 }
-IMAGE_RANKS = [1, 2, 4, 8, 16]
+NEW_NAMES = {
+    "baseline": "baseline",
+    "biases": "ten biases",
+    "lora_rank1": "LoRA, rank 1",
+    "lora_rank8": "LoRA, rank 8",
+    "full": "full fine-tuning",
+}
+RANKS = [1, 2, 4, 8]
 
 
 def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -517,13 +607,13 @@ def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def text(values: Sequence[float], decimals: int = 0) -> str:
+def text(values: Sequence[float], decimals: int = 0, sign: str = "") -> str:
     """One seed's value as it is, many seeds' as mean and standard deviation."""
     mean, deviation = mean_deviation(values)
     if len(values) == 1:
-        return f"{mean:.{decimals}f}"
+        return f"{mean:{sign}.{decimals}f}"
     decimals = max(decimals, 1 if mean < 100 else 0)
-    return f"{mean:.{decimals}f}±{deviation:.{decimals}f}"
+    return f"{mean:{sign}.{decimals}f}±{deviation:.{decimals}f}"
 
 
 def seeds_text(runs: Sequence[Run]) -> str:
@@ -538,6 +628,12 @@ def errors_on(digit: int, runs: Sequence[Run], name: str) -> list[float]:
 def accuracies(runs: Sequence[Run], name: str) -> list[float]:
     """A method's accuracy on the test set, in percent, for each seed."""
     return [100 * run.methods[name].test.accuracy for run in runs]
+
+
+def new_accuracies(runs: Sequence[Run], name: str) -> tuple[list[float], list[float]]:
+    """A method's accuracy on the turned and on the upright test images, in percent."""
+    scores = [(run.new_data[name].test, run.new_data[name].upright) for run in runs]
+    return [100 * x.accuracy for x, _ in scores], [100 * x.accuracy for _, x in scores if x]
 
 
 def size(n: int) -> str:
@@ -557,9 +653,10 @@ def results_table(digit: int, runs: Sequence[Run]) -> str:
         mark = "====>" * (d == digit)
         rows[f"{mark} {d}"] = [text(errors_on(d, runs, name)) for name in NAMES]
     rows |= {
-        "accuracy, %": [text(accuracies(runs, name), 2) for name in NAMES],
         f"false {digit}s": [text(counts) for counts in false],
+        "accuracy, %": [text(accuracies(runs, name), 2) for name in NAMES],
         "trained": [f"{method.trainable_parameters:,}" for method in costs],
+        "chosen": [f"{method.chosen_numbers}" for method in costs],
         "optimiser": [size(method.optimizer_bytes) for method in costs],
         "to ship": [size(method.file_bytes) for method in costs],
     }
@@ -567,28 +664,89 @@ def results_table(digit: int, runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def control_at_lora_errors(digit: int, run: Run) -> float | None:
-    """The control's accuracy where it first has as few errors on the digit as LoRA at strength 1.
+def new_data_table(runs: Sequence[Run]) -> str:
+    rows = [("", "turned, %", "upright, %", "trained", "optimiser", "to ship")]
+    for key, name in NEW_NAMES.items():
+        turned, upright = (text(values, 1) for values in new_accuracies(runs, key))
+        method = runs[0].new_data[key]
+        sizes = size(method.optimizer_bytes), size(method.file_bytes)
+        rows.append((name, turned, upright, f"{method.trainable_parameters:,}", *sizes))
+    return "\n".join(f"{name:19}" + "".join(f"{x:>12}" for x in row) for name, *row in rows)
+
+
+def at_lora_errors(digit: int, run: Run, dial: str) -> float | None:
+    """The accuracy where a dial first has as few errors on the digit as LoRA at strength 1.
 
     None if it never has. It reads a finished curve; nothing is chosen by it.
     """
     most = run.methods["lora"].test.errors[digit]
-    dial = run.trade_off["logit_bias"].values()
-    return next((score.accuracy for score in dial if score.errors[digit] <= most), None)
+    scores = run.trade_off[dial].values()
+    return next((score.accuracy for score in scores if score.errors[digit] <= most), None)
 
 
 def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
-    """The control and LoRA at equal errors on the digit, in a sentence."""
-    lora, matched = accuracies(runs, "lora"), [control_at_lora_errors(digit, run) for run in runs]
-    control = [100 * accuracy for accuracy in matched if accuracy is not None]
+    """LoRA and the control where each first has as few errors as LoRA at strength 1."""
+    found = [[at_lora_errors(digit, run, dial) for run in runs] for dial in ("lora", "logit_bias")]
+    lora, control = ([100 * x for x in accuracy if x is not None] for accuracy in found)
     if len(control) < len(runs):
-        return f"The control's dial ends before it leaves as few errors on {digit} as LoRA"
+        return f"The control never has as few errors on {digit} as LoRA at strength 1"
     gap = round(fmean(control) - fmean(lora), 1)
-    verdict = "more than" if gap > 0 else "less than" if gap < 0 else "as much as"
+    verdicts = ("as many digits right as", "more digits right than", "fewer digits right than")
+    verdict = verdicts[(gap > 0) - (gap < 0)]
     return (
         f"With as few errors on {digit}, one number added to one logit keeps {verdict} LoRA:\n"
-        f"{text(control, 1)} % of all digits right, against {text(lora, 1)} % at strength 1"
+        f"{text(control, 1)} % against {text(lora, 1)} %"
     )
+
+
+def compare_as_chosen(digit: int, runs: Sequence[Run]) -> str:
+    """The control minus balanced LoRA, both as chosen on validation, seed by seed."""
+    pairs = [(run.methods["logit_bias"].test, run.methods["lora_balanced"].test) for run in runs]
+    points = text([100 * (control.accuracy - lora.accuracy) for control, lora in pairs], 2, "+")
+    fewer = [control.errors[digit] - lora.errors[digit] for control, lora in pairs]
+    seeds = f" (fewer in {sum(x < 0 for x in fewer)} of {len(runs)} seeds)" * (len(runs) > 1)
+    return (
+        f"As chosen on validation, one biased logit minus balanced LoRA: {points} points of\n"
+        f"accuracy, {text(fewer, 0, '+')} errors on {digit}{seeds}"
+    )
+
+
+def new_data_finding(runs: Sequence[Run]) -> str:
+    """The finding on new data, in a sentence."""
+    (rank8, _), (full, upright) = (new_accuracies(runs, name) for name in ("lora_rank8", "full"))
+    return (
+        f"LoRA of rank 8 learns turned digits to {fmean(rank8):.1f} %, full fine-tuning to "
+        f"{fmean(full):.1f} %.\nSwitched off, LoRA gives back the old network; "
+        f"full fine-tuning forgot: {fmean(upright):.1f} % upright"
+    )
+
+
+def draw_bars(axes: Any, ticks: Sequence[str], groups: Mapping[str, Any], form: str) -> None:
+    """Bars side by side at each tick, with their numbers on them; a group is colour and values."""
+    width = 0.84 / len(groups)
+    for i, (label, (color, columns)) in enumerate(groups.items()):
+        means, deviations = zip(*map(mean_deviation, columns), strict=True)
+        xs = [tick + (i - (len(groups) - 1) / 2) * width for tick in range(len(ticks))]
+        bars = axes.bar(xs, means, width, yerr=deviations, color=color, label=label, ec="black")
+        axes.bar_label(bars, fmt=form, fontsize=9)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.margins(x=0.01, y=0.1)
+
+
+def draw_strip(axes: Any, images: Tensor, words: Sequence[str]) -> None:
+    """Up to eight normalised images (n, 784) in a row, with a word above each."""
+    strip = torch.zeros(28, 8 * 28)
+    for column, image in enumerate(images):
+        strip[:, 28 * column : 28 * (column + 1)] = pixels(image)
+    axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes.set_xticks([28 * column + 13.5 for column in range(len(words))], words)
+    axes.tick_params(labeltop=True, labelbottom=False, length=0, labelsize=12)
+    axes.set(yticks=[], frame_on=False)
+
+
+def pixels(image: Tensor) -> Tensor:
+    """A normalised image (784,) as it was: (28, 28), in [0, 1]."""
+    return (image.cpu() * STD + MEAN).view(28, 28)
 
 
 def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
@@ -600,19 +758,14 @@ def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
     panels = figure.subplot_mosaic(rows, sharey=True, height_ratios=[1.4, 1, 1])
     for panel, axes in panels.items():
         names = [baseline, lora] if panel == lora else [panel]
-        width = 0.84 / len(names)
-        for i, name in enumerate(names):
-            columns = [mean_deviation(errors_on(d, runs, name)) for d in range(10)]
-            means, deviations = zip(*columns, strict=True)
-            xs = [d + (i - (len(names) - 1) / 2) * width for d in range(10)]
-            label, color = NAMES[name]
-            bars = axes.bar(xs, means, width, yerr=deviations, color=color, label=label, ec="black")
-            axes.bar_label(bars, fmt="%.0f", fontsize=9)
+        bars = {
+            NAMES[name][0]: (NAMES[name][1], [errors_on(d, runs, name) for d in range(10)])
+            for name in names
+        }
+        draw_bars(axes, [str(d) for d in range(10)], bars, "%.0f")
         rights = [f"{NAMES[name][0]}: {text(accuracies(runs, name), 1)} % right" for name in names]
         axes.set_title(", ".join(rights), fontsize=10)
         axes.axvspan(digit - 0.5, digit + 0.5, color="#fff3b0", zorder=0)
-        axes.set_xticks(range(10))
-        axes.margins(x=0.01, y=0.1)
     panels[lora].legend(loc="upper left")
     figure.supxlabel("digit in the image", fontsize=10)
     figure.supylabel("errors on the 10,000 test images", x=0.01, fontsize=10)
@@ -631,9 +784,9 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
     figure.subplots_adjust(0.07, 0.09, 0.98, 0.9)
     axes = figure.subplots()
     curves = {
-        "lora": ("s-", STRENGTHS, "LoRA at strength 0 to 1"),
-        "logit_bias": ("^--", BIASES, "the control: 0 to 8 added to one logit"),
-        "full": ("v:", [0.0, 0.5, 1.0], "half and all of the way to full fine-tuning"),
+        "lora": ("s-", STRENGTHS, "LoRA, at strengths 0.2 to 1"),
+        "logit_bias": ("^--", BIASES, "one biased logit, the control"),
+        "full": ("v:", [0.0, 0.5, 1.0], "half and all of full fine-tuning's change"),
     }
     for name, (style, positions, label) in curves.items():
         scores = [[run.trade_off[name][at] for run in runs] for at in positions]
@@ -642,9 +795,12 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
         axes.plot(xs, ys, style, color=NAMES[name][1], markevery=slice(1, None), label=label)
         if name == "lora":
             axes.set_ylim(bottom=ys[-1] - 1)
+            for at, x, y in zip(positions, xs, ys, strict=True):
+                if at in (0.5, 1.0):
+                    axes.annotate(f"strength {at:g}", (x, y), (8, -14), textcoords="offset points")
     for name, marker in (("baseline", "o"), ("lora_balanced", "D"), ("logit_bias", "^")):
         x, y = fmean(errors_on(digit, runs, name)), fmean(accuracies(runs, name))
-        label = NAMES[name][0] + (" as chosen on validation" if name != "baseline" else "")
+        label = NAMES[name][0] + ", as chosen on validation" * (name != "baseline")
         axes.plot(x, y, marker, ms=11, label=label, mfc="none", mec="black", mew=1.5)
     axes.set(xlim=(-0.5, None), xlabel=f"errors on {digit}, test images (fewer is better)")
     axes.set_ylabel("accuracy over all digits, % (more is better)")
@@ -654,47 +810,40 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def held(runs: Sequence[Run], layer: str, rank: int) -> float:
-    """What a rank holds of full fine-tuning's update, in percent of its energy: mean over seeds."""
-    return 100 * fmean(run.update_energy[layer][rank - 1] for run in runs)
-
-
 def draw_low_rank(digit: int, runs: Sequence[Run], image: Tensor) -> Figure:
     """An image (28, 28) at several ranks; below, how few ranks hold what full fine-tuning did."""
-    figure = Figure(figsize=(10, 6.2))
-    figure.subplots_adjust(0.06, 0.08, 0.99, 0.8, hspace=0.35, wspace=2)
+    figure = Figure(figsize=(10, 6.6))
+    figure.subplots_adjust(0.07, 0.06, 0.99, 0.8, hspace=0.4, wspace=0.6)
     B, A, singular_values = factorize(image, rank=28)
-    kept, layers = energy_kept(singular_values), runs[0].update_energy
-    tiles, bars = [r for r in IMAGE_RANKS for _ in layers], [x for x in layers for _ in IMAGE_RANKS]
+    kept, layers = energy_kept(singular_values), list(runs[0].energies[0])
+    tiles, bars = [r for r in RANKS for _ in range(3)], [x for x in layers for _ in range(4)]
     panels: dict[Any, Any] = figure.subplot_mosaic([tiles, bars])  # type: ignore[list-item]
-    for rank in IMAGE_RANKS:
-        axes, energy = panels[rank], f"{100 * kept[rank - 1]:.1f} % of energy"
-        axes.imshow((B[:, :rank] @ A[:rank]).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_title(f"rank {rank}\n{56 * rank} numbers\n{energy}", fontsize=10)
-        axes.set(xticks=[], yticks=[])
-    ranks = IMAGE_RANKS[:4]
+    for rank in RANKS:
+        panels[rank].imshow((B[:, :rank] @ A[:rank]).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        title = f"rank {rank}: {56 * rank} numbers hold\n{100 * kept[rank - 1]:.0f} % of the energy"
+        panels[rank].set_title(title, fontsize=10)
+        panels[rank].set(xticks=[], yticks=[])
     for layer in layers:
-        shares = [held(runs, layer, rank) for rank in ranks]
-        panels[layer].bar_label(panels[layer].bar(range(4), shares, color="#d55e00"), fmt="%.0f")
-        panels[layer].set_xticks(range(4), [f"rank {rank}" for rank in ranks])
-        panels[layer].set_title(f"{layer}, of rank {len(layers[layer])}", fontsize=10)
-        panels[layer].set(ylim=(0, 112), ylabel="energy held, %")
+        names = {f"on {digit} alone": "#0072b2", "on new data": "#e69f00"}
+        groups = {
+            name: (color, [[100 * run.energies[i][layer][r - 1] for run in runs] for r in RANKS])
+            for i, (name, color) in enumerate(names.items())
+        }
+        draw_bars(panels[layer], [f"rank {rank}" for rank in RANKS], groups, "%.0f")
+        panels[layer].set_title(f"{layer}: energy of the change, %", fontsize=10)
+        panels[layer].set_ylim(0, 125)
+    panels[layers[0]].legend(loc="upper left", ncols=2, fontsize=8)
     figure.suptitle(
-        f"An image of {digit} takes several ranks; what full fine-tuning on {digit} adds to\n"
-        "a layer's weights is nearly of rank 1" + seeds_text(runs)
+        f"An image of {digit} needs several ranks. What full fine-tuning changes is nearly of rank 1\n"
+        f"when it learns from {digit} alone, not when it learns new data" + seeds_text(runs)
     )
     return figure
 
 
-def pixels(image: Tensor) -> Tensor:
-    """A normalised image (784,) as it was: (28, 28), in [0, 1]."""
-    return (image.cpu() * STD + MEAN).view(28, 28)
-
-
-def draw_examples(digit: int, test: Split, first: Artifacts, seed: int) -> Figure:
+def draw_examples(digit: int, runs: Sequence[Run], test: Split, first: Artifacts) -> Figure:
     """Test images that LoRA corrects, and images that it spoils: up to eight of each."""
     labels = test.labels.cpu()
-    baseline, lora = (first.dials["lora"][at].argmax(1).cpu() for at in (0.0, 1.0))
+    baseline, lora = (first.logits["lora"][at].argmax(1).cpu() for at in (0.0, 1.0))
     corrected = (labels == digit) & (baseline != digit) & (lora == digit)
     spoiled = (labels != digit) & (baseline == labels) & (lora == digit)
     says = f"images of {digit} that LoRA corrects; above, what the baseline said"
@@ -702,17 +851,36 @@ def draw_examples(digit: int, test: Split, first: Artifacts, seed: int) -> Figur
     figure = Figure(figsize=(10, 3.8))
     figure.subplots_adjust(0.01, 0.02, 0.99, 0.82, hspace=0.6)
     rows = (corrected, baseline, says), (spoiled, labels, are)
-    for axes, (which, titles, sentence) in zip(figure.subplots(2), rows, strict=True):
-        indices = which.nonzero().flatten().tolist()
-        strip = torch.zeros(28, 8 * 28)
-        for column, index in enumerate(indices[:8]):
-            strip[:, 28 * column : 28 * (column + 1)] = pixels(test.images[index])
-        axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_title(f"{len(indices)} {sentence} (seed {seed})", fontsize=11, pad=24)
-        ticks = {28 * column + 13.5: int(titles[i]) for column, i in enumerate(indices[:8])}
-        axes.set_xticks(list(ticks), list(map(str, ticks.values())))
-        axes.tick_params(labeltop=True, labelbottom=False, length=0, labelsize=12)
-        axes.set(yticks=[], frame_on=False)
+    for axes, (which, digits, sentence) in zip(figure.subplots(2), rows, strict=True):
+        indices = which.nonzero().flatten()[:8]
+        draw_strip(axes, test.images[indices], [str(int(d)) for d in digits[indices]])
+        title = f"{int(which.sum())} {sentence} (seed {runs[0].seed})"
+        axes.set_title(title, fontsize=11, pad=24)
+    return figure
+
+
+def draw_new_data(angle: float, runs: Sequence[Run], test: Split, first: Artifacts) -> Figure:
+    """Turned test digits with what is said of them, and the accuracies of the methods."""
+    figure = Figure(figsize=(10, 7))
+    figure.subplots_adjust(0.07, 0.06, 0.99, 0.88, hspace=0.45)
+    panels = figure.subplot_mosaic([["upright"], ["turned"], ["bars"]], height_ratios=[1, 1, 2.4])
+    some = Split(test.images[:8], test.labels[:8])
+    said = {name: x[:8].argmax(1).tolist() for name, x in first.turned_logits.items()}
+    draw_strip(panels["upright"], some.images, [str(label) for label in some.labels.tolist()])
+    words = [f"{a} / {b}" for a, b in zip(said["baseline"], said["lora_rank8"], strict=True)]
+    draw_strip(panels["turned"], turn(some, angle).images, words)
+    panels["upright"].set_title(
+        "the first eight test images, with their digits", fontsize=10, pad=22
+    )
+    title = f"turned by {angle:g}°, with what baseline / LoRA of rank 8 say (seed {runs[0].seed})"
+    panels["turned"].set_title(title, fontsize=10, pad=22)
+    turned, upright = zip(*(new_accuracies(runs, name) for name in NEW_NAMES), strict=True)
+    groups = {"turned": ("#0072b2", turned), "upright (LoRA switched off)": ("#999999", upright)}
+    draw_bars(panels["bars"], list(NEW_NAMES.values()), groups, "%.1f")
+    panels["bars"].set_ylabel("accuracy on the test images, %")
+    panels["bars"].set_ylim(0, 125)
+    panels["bars"].legend(loc="upper left", ncols=2)
+    figure.suptitle(new_data_finding(runs) + seeds_text(runs), fontsize=11)
     return figure
 
 
@@ -770,21 +938,31 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
             for name, dial in scores.items()
         }
 
-    def entry(run: Run) -> dict[str, Any]:
-        methods = {name: asdict(method) for name, method in run.methods.items()}
+    def flat(methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
         return {
-            "seed": run.seed,
-            "methods": {name: method | method.pop("test") for name, method in methods.items()},
-            "checks": run.checks,
-            "lora_strength": run.lora_strength,
-            "logit_bias": run.logit_bias,
-            "control_at_lora_errors": control_at_lora_errors(settings.digit, run),
-            "update_energy_rank1": {name: kept[0] for name, kept in run.update_energy.items()},
+            name: {key: value for key, value in vars(m).items() if isinstance(value, int)}
+            | vars(m.test)
+            | ({"validation_accuracy": m.validation.accuracy} if m.validation else {})
+            | ({"accuracy_upright": m.upright.accuracy} if m.upright else {})
+            for name, m in methods.items()
+        }
+
+    def energy(layers: Energy) -> dict[str, dict[str, float]]:
+        kept = {r: {layer: shares[r - 1] for layer, shares in layers.items()} for r in RANKS}
+        return {f"update_energy_rank{rank}": by_layer for rank, by_layer in kept.items()}
+
+    def entry(run: Run) -> dict[str, Any]:
+        simple = {key: value for key, value in vars(run).items() if key != "energies"}
+        new_data = {"angle": settings.angle, "images": 5000, "methods": flat(run.new_data)}
+        return simple | {
+            "methods": flat(run.methods),
+            "new_data": new_data | energy(run.energies[1]),
+            **energy(run.energies[0]),
+            "control_at_lora_errors": at_lora_errors(settings.digit, run, "logit_bias"),
             "trade_off": points(run.trade_off),
             "validation": points(run.validation),
         }
 
-    has = torch.cpu.get_capabilities()
     environment = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -792,7 +970,7 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
         "device": str(device),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": [name for name in has if has[name] and "bf16" in name],
+        "bfloat16": BFLOAT16,
     }
     config = {key: value for key, value in asdict(settings).items() if not key.endswith("_dir")}
     return {"config": config, "environment": environment, "runs": [entry(run) for run in runs]}
@@ -812,10 +990,10 @@ def timed(name: str) -> Iterator[None]:
 
 
 def print_settings(settings: Settings, device: torch.device) -> None:
-    values = {key: x for key, x in vars(settings).items() if x is not None and key != "device"}
-    listed = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+    values = {key: x for key, x in asdict(settings).items() if x is not None and "_dir" not in key}
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    listed += f", device {device}{threads}, torch {torch.__version__}"
+    values["device"] = f"{device}{threads}, torch {torch.__version__}"
+    listed = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
     print("LoRA on MNIST", textwrap.indent(textwrap.fill(listed, 77), "  "), sep="\n")
 
 
@@ -823,29 +1001,48 @@ def print_results(settings: Settings, runs: Sequence[Run]) -> None:
     digit, several = settings.digit, len(runs) > 1
     parameters, added = (runs[0].methods[n].trainable_parameters for n in ("baseline", "lora"))
     print("\nchecks" + several * f", each of them for each of {len(runs)} seeds")
-    print(f"  ok  no frozen weight moved: {parameters:,} values are the same, bit for bit")
-    print("  ok  with LoRA off, the logits are exactly the baseline's")
-    print("  ok  merged into plain weights, LoRA predicts the same")
-    print(f"  ok  LoRA adds {added:,} parameters: +{100 * added / parameters:.3f} %")
+    print(f"  ok  only LoRA learned: the {parameters:,} frozen values are the same, bit for bit")
+    print("  ok  LoRA can be switched off: at strength 0, the logits are exactly the baseline's")
+    print("  ok  LoRA costs nothing in use: merged into the weights, it predicts the same")
+    print(f"  ok  LoRA is small: {added:,} new parameters, +{100 * added / parameters:.3f} %")
 
-    print(f"\nresults on the 10,000 test images{seeds_text(runs)}\n{results_table(digit, runs)}\n")
+    before, after = (
+        f"{text(errors_on(digit, runs, name))} errors on {digit}, "
+        f"{text(accuracies(runs, name), 2)} % of all digits right"
+        for name in ("baseline", "lora")
+    )
+    print(f"\nresults on the 10,000 test images{seeds_text(runs)}")
+    print(f"  before LoRA  {before}\n  with LoRA    {after}\n\n{results_table(digit, runs)}\n")
+    strength = text([run.lora_strength for run in runs], 2)
+    bias = text([run.logit_bias for run in runs], 2)
+    share = text([100 * run.constant_share for run in runs])
+    constant = text([run.constant_logit for run in runs], 1)
+    drop = f"{settings.max_accuracy_drop:g} %"
+    print(f"""logit: an output of the network; the largest of the ten says which digit it sees
+balanced LoRA: LoRA's change of the weights times a strength, {strength}
+one biased logit: the baseline with a number, {bias}, added to the logit of {digit}
+  both chosen on validation: the largest whose cost in accuracy is at most {drop}
+full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what it
+  changed in each weight matrix, reduced to a column times a row
+false {digit}s: other digits called {digit}; trained, chosen: how many numbers
+optimiser: its memory while training; to ship: the file that a new task costs
+""")
     worst = max(range(10), key=lambda d: fmean(errors_on(d, runs, "baseline")))
     baselines = [run.methods["baseline"].test.errors for run in runs]
     times = sum(errors[worst] == max(errors) for errors in baselines)
     print(f"The baseline's worst digit is {worst}{several * f', in {times} of {len(runs)} seeds'}.")
-    strength = text([run.lora_strength for run in runs], 2)
-    bias = text([run.logit_bias for run in runs], 2)
-    how = "chosen on validation" if settings.strength is None else "as given"
-    print(f"Balanced: LoRA at strength {strength} ({how}), bias {bias}.")
-    print(compare_with_control(digit, runs) + ".")
-    shares = ", ".join(f"{layer} {held(runs, layer, 1):.0f} %" for layer in runs[0].update_energy)
-    print(f"Of full fine-tuning's update, rank 1 holds this share of the energy:\n{shares}.")
+    print(f"{compare_as_chosen(digit, runs)}.\n{compare_with_control(digit, runs)}.")
+    print(f"Why: {share} % of LoRA's change of the logits is the same for every image,")
+    print(f"{constant} on the {digit}, which is what the control adds.")
+
+    print(f"\nnew data: digits turned by {settings.angle:g} degrees{seeds_text(runs)}")
+    print(f"{new_data_table(runs)}\n{new_data_finding(runs)}.")
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
 IMAGES = [5434, 6212, 5465, 5622, 5343, 4963, 5436, 5702, 5357, 5466]  # to train on, by digit
-PICTURES = ["error_counts.png", "trade_off.png", "low_rank.png", "examples.png"]
+PICTURES = [f"{x}.png" for x in ("examples", "error_counts", "trade_off", "low_rank", "new_data")]
 ADAPTER = ["adapter/adapter_config.json", "adapter/adapter_model.bin"]
 OUTPUTS = [*PICTURES, "metrics.json", "baseline.pt", *ADAPTER]  # in the order of writing
 
@@ -896,7 +1093,6 @@ def make_repeatable() -> None:
     torch.set_flush_denormal(True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA refuses
     torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("highest")  # but for training
 
 
 def pick_device(name: str) -> torch.device:
@@ -960,10 +1156,11 @@ def run_experiment(settings: Settings) -> None:
     digit, image = settings.digit, pixels(data.test.only(settings.digit).images[0])
     with timed("pictures: draw"):
         figures = (
+            draw_examples(digit, runs, data.test, first),
             draw_errors(digit, runs),
             draw_trade_off(digit, runs),
             draw_low_rank(digit, runs, image),
-            draw_examples(digit, data.test, first, settings.seed),
+            draw_new_data(settings.angle, runs, data.test, first),
         )
         contents = [to_png(figure) for figure in figures]
     contents += [
