@@ -221,8 +221,7 @@ class Data:
 def load_mnist(folder: Path, device: torch.device) -> Data:
     """Read MNIST: 55,000 images for training, 5,000 for validation, 10,000 for testing.
 
-    torchvision extracts the four archives of `folder`/MNIST/raw into a temporary folder.
-    Raises InputError if one of them is missing or damaged.
+    torchvision extracts the archives, into a temporary folder. Raises InputError if one is damaged.
     """
 
     def split(file: MNIST) -> Split:
@@ -309,7 +308,8 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
 # --- Low rank -------------------------------------------------------------------------------------
 
 
-Energy = dict[str, list[float]]  # by layer: the share that ranks 1, 2, ... keep of its energy
+RANKS = [1, 2, 4, 8]
+Energy = dict[int, dict[str, float]]  # by rank and layer: the share of its energy that is kept
 
 
 def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,16 +331,17 @@ def low_rank_part(before: nn.Module, after: nn.Module, rank: int) -> tuple[nn.Mo
     """Approximate the update that full training made, from `before` to `after`, by low rank.
 
     Returns a copy of `before` whose LoRA is the best rank-r approximation of each weight's update
-    (biases stay as before), and by layer the shares of energy that ranks 1, 2, ... keep.
+    (biases stay as before), and the shares of its energy that some ranks keep.
     """
     model = attach_lora(copy.deepcopy(before), rank, alpha=rank)  # scaling 1
-    energy = {}
+    energy: Energy = {r: {} for r in RANKS}
     for name, lora in lora_layers(model).items():
         update = after.get_parameter(f"{name}.weight") - before.get_parameter(f"{name}.weight")
         B, A, singular_values = factorize(update.detach().cpu(), rank)
         lora.lora_B.data.copy_(B)
         lora.lora_A.data.copy_(A)
-        energy[name] = energy_kept(singular_values)
+        for r in RANKS:
+            energy[r][name] = energy_kept(singular_values)[r - 1]
     return model, energy
 
 
@@ -380,26 +381,6 @@ def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
     return Score(int((~wrong).sum()) / len(labels), errors, false_positives)
 
 
-def constant_part(before: Tensor, after: Tensor) -> tuple[float, list[float]]:
-    """The constant vector (10,) in the change of logits (n, 10), after its share of the energy.
-
-    What is added to all ten logits of an image alike changes no prediction and is left out.
-    """
-    change = (after - before).double()
-    change -= change.mean(1, keepdim=True)
-    constant = change.mean(0)
-    share = len(change) * constant.square().sum() / change.square().sum()
-    return float(share.nan_to_num(0.0)), constant.tolist()
-
-
-def interpolate(start: nn.Module, end: nn.Module, strength: float) -> nn.Module:
-    """A new model on the straight line between two (WiSE-FT, Wortsman et al. 2022)."""
-    model, target = copy.deepcopy(start), end.state_dict()
-    between = {name: x.lerp(target[name], strength) for name, x in start.state_dict().items()}
-    model.load_state_dict(between)
-    return model
-
-
 def choose(dial: Mapping[float, Score], max_accuracy_drop: float) -> float:
     """The furthest position of a dial that costs at most so many points of accuracy."""
     lowest = dial[0.0].accuracy - max_accuracy_drop / 100 - 1e-9  # 1e-9: for rounding
@@ -434,9 +415,7 @@ class Method:
     trainable_parameters: int
     optimizer_bytes: int
     file_bytes: int
-    chosen_numbers: int = 0  # on validation
-    validation: Score | None = None  # of new data alone, as is the next
-    upright: Score | None = None  # on the test images as they were, LoRA switched off
+    extra: dict[str, float] = field(default_factory=dict)  # accuracies that new data adds
 
 
 @dataclass(frozen=True)
@@ -467,19 +446,17 @@ class Artifacts:
 
 
 def learn_new_data(
-    s: Settings, seed: int, baseline: nn.Module, upright_logits: Tensor, data: Data
+    s: Settings, seed: int, baseline: nn.Module, data: Data
 ) -> tuple[dict[str, Method], Energy, dict[str, Tensor]]:
-    """Learn digits that are turned, from 5,000 of them, in five ways.
+    """Learn turned digits from 5,000 of them, in five ways.
 
-    Returns the ways, the energy of full fine-tuning's update, and the logits of the turned test
-    images. Raises RunError if LoRA, switched off, does not give exactly `upright_logits`, those of
-    the baseline for the test images as they were.
+    Returns these, what ranks keep of full fine-tuning's update, and the turned test images' logits.
+    Raises RunError if LoRA, switched off, is not exactly the baseline.
     """
     few = Split(data.train.images[:5000], data.train.labels[:5000])
     images = [*(turn(split, s.angle) for split in (few, data.validation, data.test)), data.test]
-    logits = [Split(evaluate(baseline, split.images), split.labels) for split in images[:3]]
-    logits += [Split(upright_logits, data.test.labels)]
-    biases = nn.Linear(10, 10).to(upright_logits)  # of logits: ten numbers, added to the identity
+    logits = [Split(evaluate(baseline, split.images), split.labels) for split in images]
+    biases = nn.Linear(10, 10).to(few.images)  # of logits: the identity, and ten numbers to learn
     nn.init.eye_(biases.weight).requires_grad_(False)
     nn.init.zeros_(biases.bias)
     rank1, rank8 = (attach_lora(copy.deepcopy(baseline), rank, rank) for rank in (1, 8))
@@ -492,18 +469,17 @@ def learn_new_data(
         ("lora_rank8", rank8, images, Recipe("LoRA, rank 8", 1, 128, s.rank8_lr, "--rank8-lr")),
         ("full", full, images, Recipe("full fine-tuning", 1, 128, s.turned_lr, "--turned-lr")),
     ):
-        state = train(model, splits[0], recipe, seed) if recipe else 0
+        learn, *others = splits
+        state = train(model, learn, recipe, seed) if recipe else 0
         trained = {key: x for key, x in model.named_parameters() if x.requires_grad}
         shipped = len(to_bytes(adapter_state(model) or trained)) if trained else 0
-        found = [evaluate(model, split.images) for split in splits[1:3]]
-        found += [evaluate(set_strength(model, 0.0), splits[3].images)]
-        if lora_layers(model) and not torch.equal(found[2], upright_logits):
+        strengths = zip(others, (1.0, 1.0, 0.0), strict=True)
+        found = [evaluate(set_strength(model, at), split.images) for split, at in strengths]
+        if lora_layers(model) and not torch.equal(found[2], logits[3].images):
             raise RunError(f"check failed: {name}, switched off, is not exactly the baseline")
-        validation, test, upright = (
-            score(x, split.labels, s.digit) for x, split in zip(found, splits[1:], strict=True)
-        )
-        costs = count_trainable(model), state, shipped
-        methods[name] = Method(test, *costs, validation=validation, upright=upright)
+        scores = [score(x, split.labels, s.digit) for x, split in zip(found, others, strict=True)]
+        extra = {"validation_accuracy": scores[0].accuracy, "accuracy_upright": scores[2].accuracy}
+        methods[name] = Method(scores[1], count_trainable(model), state, shipped, extra)
         turned_logits[name] = found[1]
     _, energy = low_rank_part(baseline, full, rank=8)
     return methods, energy, turned_logits
@@ -532,15 +508,14 @@ def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]
         full_state = train(full, target, recipe, seed)
         rank1, energy = low_rank_part(baseline, full, rank=1)
 
-    def turn_dials(split: Split, strengths: list[float], line: list[float]) -> tuple[Dials, Scores]:
-        """Evaluate three dials, each the baseline at 0; `line` is how far to full fine-tuning."""
+    def turn_dials(split: Split, strengths: list[float]) -> tuple[Dials, Scores]:
+        """Evaluate three dials, each of which is the baseline at 0."""
         images, logits = split.images, evaluate(baseline, split.images)
         one_hot = F.one_hot(torch.tensor(digit), 10).to(logits)
         dials = {
             "lora": {at: evaluate(set_strength(lora, at), images) for at in progress(strengths)},
             "logit_bias": {at: logits + at * one_hot for at in BIASES},
-            "full": {0.0: logits}
-            | {at: evaluate(interpolate(baseline, full, at), images) for at in line},
+            "full": {0.0: logits, 1.0: evaluate(full, images)},
         }
         return dials, {
             name: {at: score(logits, split.labels, digit) for at, logits in dial.items()}
@@ -548,23 +523,23 @@ def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]
         }
 
     with stage("validation images: choose strength and bias"):
-        _, validation = turn_dials(data.validation, CHOICES, [1.0])
+        _, validation = turn_dials(data.validation, CHOICES)
         bias = choose(validation["logit_bias"], s.max_accuracy_drop)
         chosen = choose(validation["lora"], s.max_accuracy_drop)
         strength = chosen if s.strength is None else s.strength
 
-    with stage("test images: report"):
-        dials, test = turn_dials(data.test, sorted({*STRENGTHS, strength}), [0.5, 1.0])
+    with stage("test images: report, and check LoRA"):
+        dials, test = turn_dials(data.test, sorted({*STRENGTHS, strength}))
         rank1_score = score(evaluate(rank1, data.test.images), data.test.labels, digit)
-
-    with stage("check what LoRA promises"):
         checks = check_lora(baseline, lora, s.rank, data.validation.images)
 
     with stage(f"new data: learn digits turned by {s.angle:g} degrees"):
-        upright_logits = dials["full"][0.0]
-        new_data, new_energy, turned = learn_new_data(s, seed, baseline, upright_logits, data)
+        new_data, new_energy, turned = learn_new_data(s, seed, baseline, data)
 
-    share, constant = constant_part(dials["lora"][0.0], dials["lora"][1.0])
+    change = dials["lora"][1.0] - dials["lora"][0.0]
+    change = change - change.mean(1, keepdim=True)  # what all ten logits share predicts nothing
+    constant = change.mean(0)  # the same for every image
+    share = float((len(change) * constant.square().sum() / change.square().sum()).nan_to_num(0))
     parameters = count_trainable(baseline)
     states = baseline.state_dict(), adapter, adapter_state(rank1)
     model_size, adapter_size, rank1_size = (len(to_bytes(state)) for state in states)
@@ -572,12 +547,12 @@ def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]
         "baseline": Method(test["full"][0.0], parameters, baseline_state, model_size),
         "lora": Method(test["lora"][1.0], added, lora_state, adapter_size),
         "lora_off": Method(test["lora"][0.0], added, lora_state, adapter_size),
-        "lora_balanced": Method(test["lora"][strength], added, lora_state, adapter_size, 1),
-        "logit_bias": Method(test["logit_bias"][bias], 0, 0, 4, 1),  # 4 bytes: a float32
+        "lora_balanced": Method(test["lora"][strength], added, lora_state, adapter_size),
+        "logit_bias": Method(test["logit_bias"][bias], 0, 0, 4),  # a float32, not trained
         "full": Method(test["full"][1.0], parameters, full_state, model_size),
         "full_rank1": Method(rank1_score, parameters, full_state, rank1_size),
     }
-    numbers = strength, bias, share, constant[digit]
+    numbers = strength, bias, share, float(constant[digit])
     run = Run(seed, methods, new_data, checks, *numbers, validation, test, (energy, new_energy))
     return run, Artifacts(baseline, adapter, dials, turned)
 
@@ -592,14 +567,8 @@ NAMES = {  # of the methods that are shown, with colours by Okabe and Ito for co
     "full": ("full fine-tuning", "#d55e00"),
     "full_rank1": ("its rank-1 part", "#cc79a7"),
 }
-NEW_NAMES = {
-    "baseline": "baseline",
-    "biases": "ten biases",
-    "lora_rank1": "LoRA, rank 1",
-    "lora_rank8": "LoRA, rank 8",
-    "full": "full fine-tuning",
-}
-RANKS = [1, 2, 4, 8]
+LORAS = {"lora_rank1": "LoRA, rank 1", "lora_rank8": "LoRA, rank 8"}
+NEW_NAMES = {"baseline": "baseline", "biases": "ten biases", **LORAS, "full": "full fine-tuning"}
 
 
 def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -609,9 +578,9 @@ def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def text(values: Sequence[float], decimals: int = 0, sign: str = "") -> str:
     """One seed's value as it is, many seeds' as mean and standard deviation."""
-    mean, deviation = mean_deviation(values)
     if len(values) == 1:
-        return f"{mean:{sign}.{decimals}f}"
+        return f"{values[0]:{sign}.{decimals}f}"
+    mean, deviation = mean_deviation(values)
     decimals = max(decimals, 1 if mean < 100 else 0)
     return f"{mean:{sign}.{decimals}f}±{deviation:.{decimals}f}"
 
@@ -632,8 +601,9 @@ def accuracies(runs: Sequence[Run], name: str) -> list[float]:
 
 def new_accuracies(runs: Sequence[Run], name: str) -> tuple[list[float], list[float]]:
     """A method's accuracy on the turned and on the upright test images, in percent."""
-    scores = [(run.new_data[name].test, run.new_data[name].upright) for run in runs]
-    return [100 * x.accuracy for x, _ in scores], [100 * x.accuracy for _, x in scores if x]
+    methods = [run.new_data[name] for run in runs]
+    upright = [100 * method.extra["accuracy_upright"] for method in methods]
+    return [100 * method.test.accuracy for method in methods], upright
 
 
 def size(n: int) -> str:
@@ -656,7 +626,6 @@ def results_table(digit: int, runs: Sequence[Run]) -> str:
         f"false {digit}s": [text(counts) for counts in false],
         "accuracy, %": [text(accuracies(runs, name), 2) for name in NAMES],
         "trained": [f"{method.trainable_parameters:,}" for method in costs],
-        "chosen": [f"{method.chosen_numbers}" for method in costs],
         "optimiser": [size(method.optimizer_bytes) for method in costs],
         "to ship": [size(method.file_bytes) for method in costs],
     }
@@ -664,21 +633,8 @@ def results_table(digit: int, runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def new_data_table(runs: Sequence[Run]) -> str:
-    rows = [("", "turned, %", "upright, %", "trained", "optimiser", "to ship")]
-    for key, name in NEW_NAMES.items():
-        turned, upright = (text(values, 1) for values in new_accuracies(runs, key))
-        method = runs[0].new_data[key]
-        sizes = size(method.optimizer_bytes), size(method.file_bytes)
-        rows.append((name, turned, upright, f"{method.trainable_parameters:,}", *sizes))
-    return "\n".join(f"{name:19}" + "".join(f"{x:>12}" for x in row) for name, *row in rows)
-
-
 def at_lora_errors(digit: int, run: Run, dial: str) -> float | None:
-    """The accuracy where a dial first has as few errors on the digit as LoRA at strength 1.
-
-    None if it never has. It reads a finished curve; nothing is chosen by it.
-    """
+    """The accuracy where a finished dial first has as few errors on the digit as LoRA."""
     most = run.methods["lora"].test.errors[digit]
     scores = run.trade_off[dial].values()
     return next((score.accuracy for score in scores if score.errors[digit] <= most), None)
@@ -686,39 +642,34 @@ def at_lora_errors(digit: int, run: Run, dial: str) -> float | None:
 
 def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
     """LoRA and the control where each first has as few errors as LoRA at strength 1."""
-    found = [[at_lora_errors(digit, run, dial) for run in runs] for dial in ("lora", "logit_bias")]
-    lora, control = ([100 * x for x in accuracy if x is not None] for accuracy in found)
+    dials = [[at_lora_errors(digit, run, dial) for run in runs] for dial in ("lora", "logit_bias")]
+    lora, control = ([100 * x for x in accuracy if x is not None] for accuracy in dials)
     if len(control) < len(runs):
         return f"The control never has as few errors on {digit} as LoRA at strength 1"
     gap = round(fmean(control) - fmean(lora), 1)
     verdicts = ("as many digits right as", "more digits right than", "fewer digits right than")
-    verdict = verdicts[(gap > 0) - (gap < 0)]
-    return (
-        f"With as few errors on {digit}, one number added to one logit keeps {verdict} LoRA:\n"
-        f"{text(control, 1)} % against {text(lora, 1)} %"
+    verdict = (
+        f"{verdicts[(gap > 0) - (gap < 0)]} LoRA: {text(control, 1)} % against {text(lora, 1)} %"
     )
-
-
-def compare_as_chosen(digit: int, runs: Sequence[Run]) -> str:
-    """The control minus balanced LoRA, both as chosen on validation, seed by seed."""
-    pairs = [(run.methods["logit_bias"].test, run.methods["lora_balanced"].test) for run in runs]
-    points = text([100 * (control.accuracy - lora.accuracy) for control, lora in pairs], 2, "+")
-    fewer = [control.errors[digit] - lora.errors[digit] for control, lora in pairs]
-    seeds = f" (fewer in {sum(x < 0 for x in fewer)} of {len(runs)} seeds)" * (len(runs) > 1)
-    return (
-        f"As chosen on validation, one biased logit minus balanced LoRA: {points} points of\n"
-        f"accuracy, {text(fewer, 0, '+')} errors on {digit}{seeds}"
-    )
+    return f"With as few errors on {digit} as LoRA at strength 1, one biased logit keeps\n{verdict}"
 
 
 def new_data_finding(runs: Sequence[Run]) -> str:
-    """The finding on new data, in a sentence."""
+    """The finding on new data, in two sentences."""
     (rank8, _), (full, upright) = (new_accuracies(runs, name) for name in ("lora_rank8", "full"))
     return (
-        f"LoRA of rank 8 learns turned digits to {fmean(rank8):.1f} %, full fine-tuning to "
-        f"{fmean(full):.1f} %.\nSwitched off, LoRA gives back the old network; "
-        f"full fine-tuning forgot: {fmean(upright):.1f} % upright"
+        f"LoRA of rank 8 learns turned digits to {text(rank8, 1)} %, full fine-tuning to "
+        f"{text(full, 1)} %.\nUpright digits: LoRA switched off is the baseline; full fine-tuning "
+        f"has {text(upright, 1)} %"
     )
+
+
+def start_figure(height: float, title: str, edges: Sequence[float]) -> Figure:
+    """10 inches wide; `edges` are left, bottom, right and top, and the gaps between panels."""
+    figure = Figure(figsize=(10, height))
+    figure.subplots_adjust(*edges)
+    figure.suptitle(title)
+    return figure
 
 
 def draw_bars(axes: Any, ticks: Sequence[str], groups: Mapping[str, Any], form: str) -> None:
@@ -733,35 +684,33 @@ def draw_bars(axes: Any, ticks: Sequence[str], groups: Mapping[str, Any], form: 
     axes.margins(x=0.01, y=0.1)
 
 
-def draw_strip(axes: Any, images: Tensor, words: Sequence[str]) -> None:
+def draw_strip(axes: Any, images: Tensor, words: Sequence[str], title: str) -> None:
     """Up to eight normalised images (n, 784) in a row, with a word above each."""
-    strip = torch.zeros(28, 8 * 28)
-    for column, image in enumerate(images):
-        strip[:, 28 * column : 28 * (column + 1)] = pixels(image)
-    axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    tiles = torch.zeros(8, 28, 28)
+    tiles[: len(images)] = (images.cpu() * STD + MEAN).view(-1, 28, 28)
+    axes.imshow(torch.cat([*tiles], 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes.set_xticks([28 * column + 13.5 for column in range(len(words))], words)
     axes.tick_params(labeltop=True, labelbottom=False, length=0, labelsize=12)
     axes.set(yticks=[], frame_on=False)
-
-
-def pixels(image: Tensor) -> Tensor:
-    """A normalised image (784,) as it was: (28, 28), in [0, 1]."""
-    return (image.cpu() * STD + MEAN).view(28, 28)
+    axes.set_title(title, fontsize=11, pad=24)
 
 
 def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
     """Errors on each digit: baseline and LoRA, and in a panel of its own each other method."""
-    figure = Figure(figsize=(10, 9))
-    figure.subplots_adjust(0.07, 0.06, 0.99, 0.9, hspace=0.3, wspace=0.04)
+    before, after = (fmean(errors_on(digit, runs, name)) for name in ("baseline", "lora"))
+    cost = fmean(accuracies(runs, "baseline")) - fmean(accuracies(runs, "lora"))
+    price = f"at a cost of {cost:.1f} points of overall accuracy{seeds_text(runs)}"
+    title = f"LoRA leaves {after:.0f} of {before:.0f} errors on {digit}, {price}"
+    figure = start_figure(9, title, (0.07, 0.06, 0.99, 0.9, 0.04, 0.3))
     baseline, lora, *others = NAMES
     rows: list[Any] = [[lora, lora], others[:2], others[2:]]
     panels = figure.subplot_mosaic(rows, sharey=True, height_ratios=[1.4, 1, 1])
     for panel, axes in panels.items():
         names = [baseline, lora] if panel == lora else [panel]
-        bars = {
-            NAMES[name][0]: (NAMES[name][1], [errors_on(d, runs, name) for d in range(10)])
-            for name in names
-        }
+        bars = {}
+        for name in names:
+            label, color = NAMES[name]
+            bars[label] = color, [errors_on(d, runs, name) for d in range(10)]
         draw_bars(axes, [str(d) for d in range(10)], bars, "%.0f")
         rights = [f"{NAMES[name][0]}: {text(accuracies(runs, name), 1)} % right" for name in names]
         axes.set_title(", ".join(rights), fontsize=10)
@@ -769,24 +718,16 @@ def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
     panels[lora].legend(loc="upper left")
     figure.supxlabel("digit in the image", fontsize=10)
     figure.supylabel("errors on the 10,000 test images", x=0.01, fontsize=10)
-    before, after = (fmean(errors_on(digit, runs, name)) for name in (baseline, lora))
-    cost = fmean(accuracies(runs, baseline)) - fmean(accuracies(runs, lora))
-    figure.suptitle(
-        f"LoRA leaves {after:.0f} of {before:.0f} errors on {digit}, "
-        f"at a cost of {cost:.1f} points of overall accuracy" + seeds_text(runs)
-    )
     return figure
 
 
 def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
     """Accuracy against errors on the digit: a curve per dial, and the chosen points."""
-    figure = Figure(figsize=(10, 6))
-    figure.subplots_adjust(0.07, 0.09, 0.98, 0.9)
+    figure = start_figure(6.5, compare_with_control(digit, runs), (0.07, 0.09, 0.98, 0.9))
     axes = figure.subplots()
     curves = {
         "lora": ("s-", STRENGTHS, "LoRA, at strengths 0.2 to 1"),
         "logit_bias": ("^--", BIASES, "one biased logit, the control"),
-        "full": ("v:", [0.0, 0.5, 1.0], "half and all of full fine-tuning's change"),
     }
     for name, (style, positions, label) in curves.items():
         scores = [[run.trade_off[name][at] for run in runs] for at in positions]
@@ -795,27 +736,29 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
         axes.plot(xs, ys, style, color=NAMES[name][1], markevery=slice(1, None), label=label)
         if name == "lora":
             axes.set_ylim(bottom=ys[-1] - 1)
-            for at, x, y in zip(positions, xs, ys, strict=True):
-                if at in (0.5, 1.0):
-                    axes.annotate(f"strength {at:g}", (x, y), (8, -14), textcoords="offset points")
-    for name, marker in (("baseline", "o"), ("lora_balanced", "D"), ("logit_bias", "^")):
-        x, y = fmean(errors_on(digit, runs, name)), fmean(accuracies(runs, name))
-        label = NAMES[name][0] + ", as chosen on validation" * (name != "baseline")
-        axes.plot(x, y, marker, ms=11, label=label, mfc="none", mec="black", mew=1.5)
+            for i in (2, 4):
+                label = f"strength {STRENGTHS[i]:g}"
+                axes.annotate(label, (xs[i], ys[i]), (8, -14), textcoords="offset points")
+    shown = {"baseline": "o", "lora_balanced": "D", "logit_bias": "^", "full": "v"}
+    for name, marker in shown.items():
+        x, y = errors_on(digit, runs, name), accuracies(runs, name)
+        chosen = ", as chosen on validation" * (name in ("lora_balanced", "logit_bias"))
+        label = f"{NAMES[name][0]}{chosen}: errors {text(x)}, accuracy {text(y, 1)} %"
+        axes.plot(fmean(x), fmean(y), marker, ms=11, label=label, mfc="none", mec="black", mew=1.5)
     axes.set(xlim=(-0.5, None), xlabel=f"errors on {digit}, test images (fewer is better)")
     axes.set_ylabel("accuracy over all digits, % (more is better)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.suptitle(compare_with_control(digit, runs) + seeds_text(runs))
     return figure
 
 
 def draw_low_rank(digit: int, runs: Sequence[Run], image: Tensor) -> Figure:
-    """An image (28, 28) at several ranks; below, how few ranks hold what full fine-tuning did."""
-    figure = Figure(figsize=(10, 6.6))
-    figure.subplots_adjust(0.07, 0.06, 0.99, 0.8, hspace=0.4, wspace=0.6)
-    B, A, singular_values = factorize(image, rank=28)
-    kept, layers = energy_kept(singular_values), list(runs[0].energies[0])
+    """An image (784,) at several ranks; below, how few ranks hold what full fine-tuning did."""
+    title = f"An image of {digit} needs several ranks, and so does what full fine-tuning changes\n"
+    title += f"on new data; what it changes on {digit} alone is nearly of rank 1{seeds_text(runs)}"
+    figure = start_figure(6.6, title, (0.05, 0.06, 0.99, 0.8, 0.9, 0.4))
+    B, A, singular_values = factorize((image.cpu() * STD + MEAN).view(28, 28), rank=28)
+    kept, layers = energy_kept(singular_values), list(runs[0].energies[0][1])
     tiles, bars = [r for r in RANKS for _ in range(3)], [x for x in layers for _ in range(4)]
     panels: dict[Any, Any] = figure.subplot_mosaic([tiles, bars])  # type: ignore[list-item]
     for rank in RANKS:
@@ -823,20 +766,19 @@ def draw_low_rank(digit: int, runs: Sequence[Run], image: Tensor) -> Figure:
         title = f"rank {rank}: {56 * rank} numbers hold\n{100 * kept[rank - 1]:.0f} % of the energy"
         panels[rank].set_title(title, fontsize=10)
         panels[rank].set(xticks=[], yticks=[])
+    tasks = (0, f"on {digit} alone", "#0072b2"), (1, "on new data", "#e69f00")
     for layer in layers:
-        names = {f"on {digit} alone": "#0072b2", "on new data": "#e69f00"}
         groups = {
-            name: (color, [[100 * run.energies[i][layer][r - 1] for run in runs] for r in RANKS])
-            for i, (name, color) in enumerate(names.items())
+            name: (
+                color,
+                [[100 * run.energies[task][rank][layer] for run in runs] for rank in RANKS],
+            )
+            for task, name, color in tasks
         }
         draw_bars(panels[layer], [f"rank {rank}" for rank in RANKS], groups, "%.0f")
         panels[layer].set_title(f"{layer}: energy of the change, %", fontsize=10)
-        panels[layer].set_ylim(0, 125)
+        panels[layer].set(ylim=(0, 125), yticks=range(0, 101, 20))
     panels[layers[0]].legend(loc="upper left", ncols=2, fontsize=8)
-    figure.suptitle(
-        f"An image of {digit} needs several ranks. What full fine-tuning changes is nearly of rank 1\n"
-        f"when it learns from {digit} alone, not when it learns new data" + seeds_text(runs)
-    )
     return figure
 
 
@@ -848,39 +790,32 @@ def draw_examples(digit: int, runs: Sequence[Run], test: Split, first: Artifacts
     spoiled = (labels != digit) & (baseline == labels) & (lora == digit)
     says = f"images of {digit} that LoRA corrects; above, what the baseline said"
     are = f"images that were right and that LoRA now calls {digit}; above, what they are"
-    figure = Figure(figsize=(10, 3.8))
-    figure.subplots_adjust(0.01, 0.02, 0.99, 0.82, hspace=0.6)
+    figure = start_figure(3.8, "", (0.01, 0.02, 0.99, 0.82, 0, 0.6))
     rows = (corrected, baseline, says), (spoiled, labels, are)
     for axes, (which, digits, sentence) in zip(figure.subplots(2), rows, strict=True):
         indices = which.nonzero().flatten()[:8]
-        draw_strip(axes, test.images[indices], [str(int(d)) for d in digits[indices]])
         title = f"{int(which.sum())} {sentence} (seed {runs[0].seed})"
-        axes.set_title(title, fontsize=11, pad=24)
+        draw_strip(axes, test.images[indices], [str(int(d)) for d in digits[indices]], title)
     return figure
 
 
 def draw_new_data(angle: float, runs: Sequence[Run], test: Split, first: Artifacts) -> Figure:
     """Turned test digits with what is said of them, and the accuracies of the methods."""
-    figure = Figure(figsize=(10, 7))
-    figure.subplots_adjust(0.07, 0.06, 0.99, 0.88, hspace=0.45)
+    title = new_data_finding(runs) + seeds_text(runs)
+    figure = start_figure(7, title, (0.07, 0.06, 0.99, 0.79, 0, 0.55))
     panels = figure.subplot_mosaic([["upright"], ["turned"], ["bars"]], height_ratios=[1, 1, 2.4])
     some = Split(test.images[:8], test.labels[:8])
-    said = {name: x[:8].argmax(1).tolist() for name, x in first.turned_logits.items()}
-    draw_strip(panels["upright"], some.images, [str(label) for label in some.labels.tolist()])
-    words = [f"{a} / {b}" for a, b in zip(said["baseline"], said["lora_rank8"], strict=True)]
-    draw_strip(panels["turned"], turn(some, angle).images, words)
-    panels["upright"].set_title(
-        "the first eight test images, with their digits", fontsize=10, pad=22
-    )
-    title = f"turned by {angle:g}°, with what baseline / LoRA of rank 8 say (seed {runs[0].seed})"
-    panels["turned"].set_title(title, fontsize=10, pad=22)
+    says, learned = (first.turned_logits[name][:8].argmax(1) for name in ("baseline", "lora_rank8"))
+    digits = [str(int(label)) for label in some.labels]
+    draw_strip(panels["upright"], some.images, digits, "the first eight test images")
+    words = [f"{int(a)} / {int(b)}" for a, b in zip(says, learned, strict=True)]
+    title = f"turned by {angle:g}°: what the baseline / LoRA of rank 8 say (seed {runs[0].seed})"
+    draw_strip(panels["turned"], turn(some, angle).images, words, title)
     turned, upright = zip(*(new_accuracies(runs, name) for name in NEW_NAMES), strict=True)
     groups = {"turned": ("#0072b2", turned), "upright (LoRA switched off)": ("#999999", upright)}
     draw_bars(panels["bars"], list(NEW_NAMES.values()), groups, "%.1f")
-    panels["bars"].set_ylabel("accuracy on the test images, %")
-    panels["bars"].set_ylim(0, 125)
+    panels["bars"].set(ylabel="test images right, %", ylim=(0, 125), yticks=range(0, 101, 20))
     panels["bars"].legend(loc="upper left", ncols=2)
-    figure.suptitle(new_data_finding(runs) + seeds_text(runs), fontsize=11)
     return figure
 
 
@@ -900,8 +835,6 @@ def adapter_config(model: nn.Module, rank: int, alpha: float) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": [n for n, m in model.named_modules() if isinstance(m, nn.Linear)],
-        "bias": "none",
-        "inference_mode": True,
     }
 
 
@@ -912,57 +845,30 @@ def to_bytes(state: Mapping[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def to_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
 def to_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> dict[str, Any]:
     """What metrics.json holds: no date, no time and no folder, so that runs can be compared."""
-
-    def points(scores: Scores) -> dict[str, list[dict[str, float]]]:
-        return {
-            name: [
-                {
-                    "bias" if name == "logit_bias" else "strength": at,
-                    "accuracy": score.accuracy,
-                    "target_errors": score.errors[settings.digit],
-                }
-                for at, score in dial.items()
-            ]
-            for name, dial in scores.items()
-        }
-
-    def flat(methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
-        return {
-            name: {key: value for key, value in vars(m).items() if isinstance(value, int)}
-            | vars(m.test)
-            | ({"validation_accuracy": m.validation.accuracy} if m.validation else {})
-            | ({"accuracy_upright": m.upright.accuracy} if m.upright else {})
-            for name, m in methods.items()
-        }
-
-    def energy(layers: Energy) -> dict[str, dict[str, float]]:
-        kept = {r: {layer: shares[r - 1] for layer, shares in layers.items()} for r in RANKS}
-        return {f"update_energy_rank{rank}": by_layer for rank, by_layer in kept.items()}
-
-    def entry(run: Run) -> dict[str, Any]:
-        simple = {key: value for key, value in vars(run).items() if key != "energies"}
-        new_data = {"angle": settings.angle, "images": 5000, "methods": flat(run.new_data)}
-        return simple | {
-            "methods": flat(run.methods),
-            "new_data": new_data | energy(run.energies[1]),
-            **energy(run.energies[0]),
-            "control_at_lora_errors": at_lora_errors(settings.digit, run, "logit_bias"),
-            "trade_off": points(run.trade_off),
-            "validation": points(run.validation),
-        }
-
+    digit, entries = settings.digit, []
+    for run in runs:
+        entry = asdict(run)
+        for method in (*entry["methods"].values(), *entry["new_data"].values()):
+            method |= method.pop("test") | method.pop("extra")
+        for dials in (entry["validation"], entry["trade_off"]):
+            for name, dial in dials.items():
+                position = "bias" if name == "logit_bias" else "strength"
+                dials[name] = [
+                    {position: at, "accuracy": x["accuracy"], "target_errors": x["errors"][digit]}
+                    for at, x in dial.items()
+                ]
+        energies = entry.pop("energies")
+        held = [{f"update_energy_rank{rank}": x for rank, x in e.items()} for e in energies]
+        new_data = {"angle": settings.angle, "images": 5000, "methods": entry["new_data"]}
+        control = at_lora_errors(digit, run, "logit_bias")
+        entry |= {"new_data": new_data | held[1], "control_at_lora_errors": control} | held[0]
+        entries.append(entry)
     environment = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -973,7 +879,7 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
         "bfloat16": BFLOAT16,
     }
     config = {key: value for key, value in asdict(settings).items() if not key.endswith("_dir")}
-    return {"config": config, "environment": environment, "runs": [entry(run) for run in runs]}
+    return {"config": config, "environment": environment, "runs": entries}
 
 
 def progress(*arguments: Any, **options: Any) -> Any:
@@ -989,61 +895,60 @@ def timed(name: str) -> Iterator[None]:
     tqdm.write(f"  {name:<60}{time.perf_counter() - start:8.1f} s")  # between the bars
 
 
-def print_settings(settings: Settings, device: torch.device) -> None:
-    values = {key: x for key, x in asdict(settings).items() if x is not None and "_dir" not in key}
-    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    values["device"] = f"{device}{threads}, torch {torch.__version__}"
-    listed = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
-    print("LoRA on MNIST", textwrap.indent(textwrap.fill(listed, 77), "  "), sep="\n")
-
-
 def print_results(settings: Settings, runs: Sequence[Run]) -> None:
     digit, several = settings.digit, len(runs) > 1
     parameters, added = (runs[0].methods[n].trainable_parameters for n in ("baseline", "lora"))
     print("\nchecks" + several * f", each of them for each of {len(runs)} seeds")
     print(f"  ok  only LoRA learned: the {parameters:,} frozen values are the same, bit for bit")
-    print("  ok  LoRA can be switched off: at strength 0, the logits are exactly the baseline's")
+    print("  ok  LoRA switches off: at strength 0, the logits are exactly the baseline's")
     print("  ok  LoRA costs nothing in use: merged into the weights, it predicts the same")
     print(f"  ok  LoRA is small: {added:,} new parameters, +{100 * added / parameters:.3f} %")
-
-    before, after = (
-        f"{text(errors_on(digit, runs, name))} errors on {digit}, "
-        f"{text(accuracies(runs, name), 2)} % of all digits right"
-        for name in ("baseline", "lora")
-    )
     print(f"\nresults on the 10,000 test images{seeds_text(runs)}")
-    print(f"  before LoRA  {before}\n  with LoRA    {after}\n\n{results_table(digit, runs)}\n")
+    for when, name in (("before", "baseline"), ("with", "lora")):
+        errors, right = text(errors_on(digit, runs, name)), text(accuracies(runs, name), 2)
+        print(f"  {when:>6} LoRA: errors on {digit} {errors}, accuracy over all digits {right} %")
+    print(f"\n{results_table(digit, runs)}\n")
     strength = text([run.lora_strength for run in runs], 2)
     bias = text([run.logit_bias for run in runs], 2)
-    share = text([100 * run.constant_share for run in runs])
-    constant = text([run.constant_logit for run in runs], 1)
-    drop = f"{settings.max_accuracy_drop:g} %"
     print(f"""logit: an output of the network; the largest of the ten says which digit it sees
-balanced LoRA: LoRA's change of the weights times a strength, {strength}
-one biased logit: the baseline with a number, {bias}, added to the logit of {digit}
-  both chosen on validation: the largest whose cost in accuracy is at most {drop}
+balanced LoRA: LoRA's change of the weights times one number, strength {strength}
+one biased logit: the baseline with one number, {bias}, added to its logit of {digit}
+  both numbers chosen on validation: the largest that cost at most {settings.max_accuracy_drop:g} %
 full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what it
   changed in each weight matrix, reduced to a column times a row
-false {digit}s: other digits called {digit}; trained, chosen: how many numbers
-optimiser: its memory while training; to ship: the file that a new task costs
+false {digit}s: other digits called {digit}; trained: how many numbers; optimiser: its
+  memory while training; to ship: the file that a new task costs
 """)
-    worst = max(range(10), key=lambda d: fmean(errors_on(d, runs, "baseline")))
     baselines = [run.methods["baseline"].test.errors for run in runs]
-    times = sum(errors[worst] == max(errors) for errors in baselines)
-    print(f"The baseline's worst digit is {worst}{several * f', in {times} of {len(runs)} seeds'}.")
-    print(f"{compare_as_chosen(digit, runs)}.\n{compare_with_control(digit, runs)}.")
+    times = sum(errors[digit] == max(errors) for errors in baselines)
+    print(f"{digit} is the baseline's worst digit in {times} of {len(runs)} seeds.")
+    pairs = [(run.methods["logit_bias"].test, run.methods["lora_balanced"].test) for run in runs]
+    points = text([100 * (control.accuracy - lora.accuracy) for control, lora in pairs], 2, "+")
+    fewer = [control.errors[digit] - lora.errors[digit] for control, lora in pairs]
+    seeds = several * f" (fewer in {sum(x < 0 for x in fewer)} of {len(runs)} seeds)"
+    print(f"One biased logit minus balanced LoRA, as chosen: accuracy {points} points,")
+    print(f"errors on {digit} {text(fewer, 0, '+')}{seeds}.")
+    print(f"{compare_with_control(digit, runs)}.")
+    share = text([100 * run.constant_share for run in runs])
     print(f"Why: {share} % of LoRA's change of the logits is the same for every image,")
-    print(f"{constant} on the {digit}, which is what the control adds.")
+    print(f"{text([x.constant_logit for x in runs], 1)} on the {digit}, as with one biased logit.")
 
     print(f"\nnew data: digits turned by {settings.angle:g} degrees{seeds_text(runs)}")
-    print(f"{new_data_table(runs)}\n{new_data_finding(runs)}.")
+    rows: list[Sequence[str]] = [("", "turned, %", "upright, %", "trained", "optimiser", "to ship")]
+    for key, name in NEW_NAMES.items():
+        accuracy = [text(values, 1) for values in new_accuracies(runs, key)]
+        costs = runs[0].new_data[key]
+        sizes = size(costs.optimizer_bytes), size(costs.file_bytes)
+        rows.append((name, *accuracy, f"{costs.trainable_parameters:,}", *sizes))
+    print(*(f"{name:19}" + "".join(f"{x:>12}" for x in row) for name, *row in rows), sep="\n")
+    print(f"{new_data_finding(runs)}.")
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
 IMAGES = [5434, 6212, 5465, 5622, 5343, 4963, 5436, 5702, 5357, 5466]  # to train on, by digit
 PICTURES = [f"{x}.png" for x in ("examples", "error_counts", "trade_off", "low_rank", "new_data")]
-ADAPTER = ["adapter/adapter_config.json", "adapter/adapter_model.bin"]
+ADAPTER = [f"adapter/adapter_{x}" for x in ("config.json", "model.bin")]
 OUTPUTS = [*PICTURES, "metrics.json", "baseline.pt", *ADAPTER]  # in the order of writing
 
 
@@ -1095,15 +1000,6 @@ def make_repeatable() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if not there.get(name):
-        raise InputError(f"--device {name}: there is none here, give auto or cpu")
-    return torch.device(name)
-
-
 def prepare_output(folder: Path) -> None:
     """Find out before training whether the results can be saved. Raises InputError if not."""
     place = folder
@@ -1131,19 +1027,24 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         for name in files:
             (folder / f"{name}.part").unlink(missing_ok=True)
-        reason = f"{error.strerror}; make room or give another folder"
-        raise InputError(f"--output-dir {folder}: {reason}") from error
+        raise InputError(f"--output-dir {folder}: {error.strerror}; give another") from error
 
 
 def run_experiment(settings: Settings) -> None:
     make_repeatable()
-    device = pick_device(settings.device)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
+    name = settings.device if settings.device != "auto" else next(x for x in there if there[x])
+    if not there.get(name):
+        raise InputError(f"--device {name}: there is none here, give auto or cpu")
+    device = torch.device(name)
     prepare_output(settings.output_dir)
-    print_settings(settings, device)
-    print("\nstages")
+    values = {key: x for key, x in asdict(settings).items() if x is not None and "_dir" not in key}
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    values["device"] = f"{device}{threads}, torch {torch.__version__}"
+    listed = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+    print("LoRA on MNIST", textwrap.indent(textwrap.fill(listed, 77), "  "), "\nstages", sep="\n")
     with timed("data: read MNIST"):
         data = load_mnist(settings.data_dir, device)
-
     seeds = range(settings.seed, settings.seed + settings.seeds)
     runs: list[Run] = []
     for seed in progress(seeds, "seeds") if len(seeds) > 1 else seeds:
@@ -1152,8 +1053,7 @@ def run_experiment(settings: Settings) -> None:
         if not runs:
             first = artifacts
         runs.append(run)
-
-    digit, image = settings.digit, pixels(data.test.only(settings.digit).images[0])
+    digit, image = settings.digit, data.test.only(settings.digit).images[0]
     with timed("pictures: draw"):
         figures = (
             draw_examples(digit, runs, data.test, first),
@@ -1162,7 +1062,10 @@ def run_experiment(settings: Settings) -> None:
             draw_low_rank(digit, runs, image),
             draw_new_data(settings.angle, runs, data.test, first),
         )
-        contents = [to_png(figure) for figure in figures]
+        contents = []
+        for figure in figures:
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+            contents.append(buffer.getvalue())
     contents += [
         to_json(metrics(settings, device, runs)),
         to_bytes(first.baseline.state_dict()),
@@ -1171,7 +1074,7 @@ def run_experiment(settings: Settings) -> None:
     ]
     print_results(settings, runs)
     write_files(settings.output_dir, dict(zip(OUTPUTS, contents, strict=True)))
-    print("\nfiles", *(settings.output_dir / name for name in OUTPUTS), sep="\n  ")
+    print("", textwrap.fill(f"files in {settings.output_dir}: {', '.join(OUTPUTS)}", 79), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
