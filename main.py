@@ -510,12 +510,12 @@ def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]
 
     def turn_dials(split: Split, strengths: list[float]) -> tuple[Dials, Scores]:
         """Evaluate three dials, each of which is the baseline at 0."""
-        images, logits = split.images, evaluate(baseline, split.images)
+        x, logits = split.images, evaluate(baseline, split.images)
         one_hot = F.one_hot(torch.tensor(digit), 10).to(logits)
         dials = {
-            "lora": {at: evaluate(set_strength(lora, at), images) for at in progress(strengths)},
+            "lora": {at: evaluate(set_strength(lora, at), x) for at in progress(strengths, "LoRA")},
             "logit_bias": {at: logits + at * one_hot for at in BIASES},
-            "full": {0.0: logits, 1.0: evaluate(full, images)},
+            "full": {0.0: logits, 1.0: evaluate(full, x)},
         }
         return dials, {
             name: {at: score(logits, split.labels, digit) for at, logits in dial.items()}
@@ -892,7 +892,7 @@ def progress(*arguments: Any, **options: Any) -> Any:
 def timed(name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    tqdm.write(f"  {name:<60}{time.perf_counter() - start:8.1f} s")  # between the bars
+    tqdm.write(f"  {name:<46}{time.perf_counter() - start:6.1f} s")  # between the bars
 
 
 def print_results(settings: Settings, runs: Sequence[Run]) -> None:

@@ -1,4 +1,4 @@
-"""Every number in the README has to be one that the program wrote to results/."""
+"""Every number in README.md, results/README.md and main.py's docstring is one of results/."""
 
 from __future__ import annotations
 
@@ -13,132 +13,189 @@ from conftest import SCRIPT
 
 import main
 
-README = (SCRIPT.parent / "README.md").read_text()
 RESULTS = SCRIPT.parent / "results"
-NAMES = ["baseline", "lora", "lora_balanced", "logit_bias", "full", "full_rank1"]
+README = " ".join((SCRIPT.parent / "README.md").read_text().replace("±", " ± ").split())
+RATES = (RESULTS / "README.md").read_text()
+RUNS = json.loads((RESULTS / "metrics.json").read_text())["runs"]
 
 
-def runs(path: str = "metrics.json") -> list[dict[str, Any]]:
-    return json.loads((RESULTS / path).read_text())["runs"]
+def text(values: list[float], decimals: int = 0, sign: str = "") -> str:
+    return main.text(values, decimals, sign).replace("±", " ± ").replace("-", "−")
 
 
-def column(name: str, value: str) -> list[float]:
-    methods = [run["methods"][name] for run in runs()]
-    if value == "accuracy":
-        return [100 * method["accuracy"] for method in methods]
-    if value == "false_positives":
-        return [method["false_positives"] for method in methods]
-    return [method["errors"][int(value)] for method in methods]
+def each(name: str, key: str, task: str = "methods", factor: float = 1) -> list[float]:
+    """A value of one method for each seed; the key 9 counts the errors on 9."""
+    methods = [(run[task] if task == "methods" else run[task]["methods"])[name] for run in RUNS]
+    found = [m["errors"][int(key)] if key.isdigit() else m[key] for m in methods]
+    return [factor * value for value in found]
 
 
-def cells(line: str) -> list[str]:
-    return [cell.strip().strip("*") for cell in line.strip("|\n ").split("|")]
+def accuracy(name: str, key: str = "accuracy", task: str = "methods") -> list[float]:
+    return each(name, key, task, 100)
+
+
+def row(label: str, cells: list[str]) -> str:
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 @pytest.mark.parametrize(
-    ("label", "value", "decimals"),
+    ("label", "key", "cell"),
     [
-        ("errors on 9", "9", 0),
-        ("errors on 4", "4", 0),
-        ("errors on 7", "7", 0),
-        ("wrongly called 9", "false_positives", 0),
-        ("accuracy, %", "accuracy", 2),
+        *((f"errors on {digit}", digit, text) for digit in "947"),
+        ("false 9s", "false_positives", text),
+        ("accuracy, %", "accuracy", lambda values: text([100 * v for v in values], 2)),
+        ("trained", "trainable_parameters", lambda values: f"{values[0]:,}"),
+        ("optimiser", "optimizer_bytes", lambda values: main.size(values[0])),
+        ("to ship", "file_bytes", lambda values: main.size(values[0])),
     ],
 )
-def test_the_table_is_that_of_the_published_run(label: str, value: str, decimals: int) -> None:
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {label} |")]
-    expected = [main.number(column(name, value), decimals).replace("±", " ± ") for name in NAMES]
-    assert cells(line)[1:] == expected
+def test_the_table_on_nines(label: str, key: str, cell: Callable[[list[float]], str]) -> None:
+    assert row(label, [cell(each(name, key)) for name in main.NAMES]) in README
 
 
-def test_the_sentences_are_those_of_the_published_run() -> None:
-    text = " ".join(README.split())
-    left = fmean(column("lora", "9")) / fmean(column("baseline", "9"))
-    cost = fmean(column("baseline", "accuracy")) - fmean(column("lora", "accuracy"))
-    assert f"over {len(runs())} seeds, {100 * (1 - left):.0f} % of the errors on 9 are gone" in text
-    assert f"pay for it with {cost:.1f} points" in text
-    control = [100 * run["control_at_lora_errors"] for run in runs()]
-    lora = column("lora", "accuracy")
-    assert f"it keeps {main.number(control, 1)} % overall" in text
-    assert f"against LoRA's {main.number(lora, 1)} %" in text
-    more = sum(c > l for c, l in zip(control, lora, strict=True))
-    assert f"and more in {more} of {len(runs())} seeds" in text
-    assert fmean(control) > fmean(lora)  # "buys the same for less"
-    # and nowhere on LoRA's dial does it bring more than the control does, but for rounding
-    for strength in range(11):
-        points = [run["trade_off"]["lora"][strength] for run in runs()]
-        curves = [run["trade_off"]["logit_bias"] for run in runs()]
-        control = [
-            next(p["accuracy"] for p in curve if p["target_errors"] <= point["target_errors"])
-            for curve, point in zip(curves, points, strict=True)
-        ]
-        assert fmean(control) > fmean(point["accuracy"] for point in points) - 0.0005
-    baselines = [run["methods"]["baseline"]["errors"] for run in runs()]
-    worst = sum(errors[9] > max(errors[:9]) for errors in baselines)
-    ties = sum(errors[9] == max(errors[:9]) for errors in baselines)
-    assert f"9 is its worst digit in {worst} of {len(runs())} seeds, and tied" in text
-    assert f"tied for the worst in {ties}" in text
-    assert f"validation ({main.number([r['lora_strength'] for r in runs()], 2)} on av" in text
-    assert f"one number ({main.number([r['logit_bias'] for r in runs()], 2)} on average" in text
-    energy = [
-        f"{100 * fmean(r['update_energy_rank1'][layer] for r in runs()):.0f} %"
-        for layer in ("linear1", "linear2", "linear3")
+@pytest.mark.parametrize(
+    ("label", "key", "cell"),
+    [
+        ("accuracy, %", "accuracy", lambda values: text([100 * v for v in values], 1)),
+        ("on upright digits, %", "accuracy_upright", lambda v: text([100 * x for x in v], 1)),
+        ("trained", "trainable_parameters", lambda values: f"{values[0]:,}"),
+        ("optimiser", "optimizer_bytes", lambda values: main.size(values[0])),
+        ("to ship", "file_bytes", lambda values: main.size(values[0])),
+    ],
+)
+def test_the_table_on_new_data(label: str, key: str, cell: Callable[[list[float]], str]) -> None:
+    assert row(label, [cell(each(name, key, "new_data")) for name in main.NEW_NAMES]) in README
+
+
+def test_the_findings() -> None:
+    before, after = (fmean(each(name, "9")) for name in ("baseline", "lora"))
+    right = {name: fmean(accuracy(name)) for name in main.NAMES}
+    pairs = [(run["methods"]["logit_bias"], run["methods"]["lora_balanced"]) for run in RUNS]
+    points = [100 * (control["accuracy"] - lora["accuracy"]) for control, lora in pairs]
+    fewer = [control["errors"][9] - lora["errors"][9] for control, lora in pairs]
+    share = text([100 * run["constant_share"] for run in RUNS])
+    constant = text([run["constant_logit"] for run in RUNS], 1, "+")
+    turned = {n: fmean(accuracy(n, task="new_data")) for n in main.NEW_NAMES}
+    upright = fmean(accuracy("full", "accuracy_upright", "new_data"))
+    trained = [each(name, "trainable_parameters", "new_data")[0] for name in ("full", "lora_rank8")]
+    baselines = [run["methods"]["baseline"]["errors"] for run in RUNS]
+    worst = sum(errors[9] == max(errors) for errors in baselines)
+    for sentence in (
+        f"with {100 * RUNS[0]['checks']['parameter_overhead']:.3f} % more parameters",
+        f"removes {100 * (1 - after / before):.0f} % of the errors on 9",
+        f"({text(each('baseline', '9'))} → {text(each('lora', '9'))})",
+        f"falls from {right['baseline']:.2f} to {right['lora']:.2f} %",
+        f"leaves {text(each('full', '9'))} errors on 9 and {right['full']:.2f} % right",
+        f"{text(points, 2, '+')} points of accuracy and {text(fewer, 0, '+')} errors on 9",
+        f"fewer errors in {sum(x < 0 for x in fewer)} of {len(RUNS)} seeds",
+        f"{share} % of what LoRA changes in the outputs is the same for every image",
+        f"({constant} on the 9)",
+        f"the old network is right {turned['baseline']:.1f} % of the time",
+        f"make that {turned['biases']:.1f} %",
+        f"{turned['lora_rank1']:.1f} % at rank 1, {turned['lora_rank8']:.1f} % at rank 8",
+        f"full fine-tuning has {turned['full']:.1f} %",
+        f"and trains {trained[0] / trained[1]:.0f} times as many numbers",
+        f"({upright:.1f} % of upright digits right, from {right['baseline']:.1f})",
+        f"worst digit in {worst} of {len(RUNS)} seeds",
+        f"validation images ({text([run['lora_strength'] for run in RUNS], 2)})",
+        f"({text([run['logit_bias'] for run in RUNS], 2)}, chosen by the same rule)",
+    ):
+        assert sentence in README
+    # what the sentences say without a number
+    assert abs(right["lora"] - right["full"]) < 0.5
+    assert abs(fmean(each("lora", "9")) - fmean(each("full", "9"))) < 1.5
+    assert fmean(points) > 0 > fmean(fewer)
+
+
+def test_equal_errors_and_energy() -> None:
+    found = []
+    for dial in ("logit_bias", "lora"):
+        curves = [(run["trade_off"][dial], run["methods"]["lora"]["errors"][9]) for run in RUNS]
+        found.append(
+            [100 * next(p["accuracy"] for p in c if p["target_errors"] <= n) for c, n in curves]
+        )
+    assert found[0] == [100 * run["control_at_lora_errors"] for run in RUNS]
+    control, lora = (text(values, 1) for values in found)
+    assert f"keeps {control} % of all digits right, LoRA {lora} %" in README
+    assert fmean(found[0]) > fmean(found[1])
+
+    def energy(rank: int, new_data: bool) -> str:
+        tasks = [run["new_data"] if new_data else run for run in RUNS]
+        held = [[100 * x for x in task[f"update_energy_rank{rank}"].values()] for task in tasks]
+        return "{:.0f}, {:.0f} and {:.0f} %".format(*map(fmean, zip(*held, strict=True)))
+
+    assert f"From nines alone, rank 1 holds {energy(1, False)}; from new data, " in README
+    assert f"from new data, {energy(1, True)}, and rank 8 {energy(8, True)}." in README
+
+
+def test_seed_0_in_bfloat16_and_float32() -> None:
+    other = json.loads((RESULTS / "float32" / "metrics.json").read_text())
+    assert not other["environment"]["bfloat16"]
+    reduced, plain = RUNS[0]["methods"], other["runs"][0]["methods"]
+    numbers = [
+        (100 * m["baseline"]["accuracy"], 100 * m["lora"]["accuracy"])
+        + (m["baseline"]["errors"][9], m["lora"]["errors"][9])
+        for m in (reduced, plain)
     ]
-    assert f"rank 1 holds {energy[0]}, {energy[1]} and {energy[2]}." in text
+    sentence = (
+        "accuracy {:.2f} % before LoRA and {:.2f} % with it, {} and {} errors on 9; "
+        "in float32, {:.2f} % and {:.2f} %, {} and {}."
+    )
+    assert sentence.format(*numbers[0], *numbers[1]) in README
 
 
-@pytest.mark.parametrize(
-    ("label", "key", "text"),
-    [
-        ("numbers trained or chosen", "trainable_parameters", "{:,}".format),
-        ("optimiser state", "optimizer_bytes", main.size),
-        ("file to ship", "file_bytes", main.size),
-    ],
-)
-def test_the_costs_in_the_table(label: str, key: str, text: Callable[[int], str]) -> None:
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {label} |")]
-    assert cells(line)[1:] == [text(runs()[0]["methods"][name][key]) for name in NAMES]
-
-
-def test_the_rates_are_those_of_their_runs_and_the_defaults_were_chosen_by_the_rules() -> None:
-    scores: dict[str, dict[float, tuple[float, float]]] = {"lora": {}, "full": {}}
-    baseline = 0.0
-    for folder in sorted((RESULTS / "rates").iterdir()):
-        content = json.loads((folder / "metrics.json").read_text())
-        config = content["config"]
-        assert folder.name == f"{config['lora_lr']:g}-{config['full_lr']:g}"
-        assert (config["seed"], config["seeds"]) == (0, 5)
-        for name, by_rate in scores.items():
-            points = [run["validation"][name][-1] for run in content["runs"]]
-            assert {point["strength"] for point in points} == {1.0}
-            accuracy = 100 * fmean(point["accuracy"] for point in points)
-            errors = fmean(point["target_errors"] for point in points)
-            by_rate[config[f"{name}_lr"]] = (accuracy, errors)
-        off = [run["validation"]["lora"][0] for run in content["runs"]]
-        baseline = 100 * fmean(point["accuracy"] for point in off)
-        errors = fmean(point["target_errors"] for point in off)
-        assert f"| none: the baseline | | {baseline:.2f} | {errors:.1f} |" in README
-    for name, label in (("lora", "LoRA"), ("full", "full fine-tuning")):
-        for rate, (accuracy, errors) in scores[name].items():
-            assert f"| {label} | {rate:g} | {accuracy:.2f} | {errors:.1f} |" in README
-
-    own = json.loads((RESULTS / "rates" / "0.0016-0.0015" / "metrics.json").read_text())
-    accuracy = 100 * fmean(run["methods"]["full"]["accuracy"] for run in own["runs"])
-    assert f"ends at {accuracy:.1f} % overall" in " ".join(README.split())
-
-    settings = asdict(main.Settings())
-    assert own["config"]["full_lr"] == settings["lora_lr"]
-
-    def best(method: str, least: float) -> float:
-        """Of the rates that are this accurate, the one with the fewest errors (then accuracy)."""
-        allowed = {rate: s for rate, s in scores[method].items() if s[0] >= least}
-        return min(allowed, key=lambda rate: (allowed[rate][1], -allowed[rate][0]))
-
-    assert settings["lora_lr"] == best("lora", baseline - 6)
-    assert settings["full_lr"] == best("full", scores["lora"][settings["lora_lr"]][0])
+def test_the_docstring_of_the_script() -> None:
+    told = " ".join(main.__doc__.split())
+    before, after = (fmean(each(name, "9")) for name in ("baseline", "lora"))
+    assert f"Means over {len(RUNS)} seeds" in told
+    assert f"of {before:.1f} errors on 9, LoRA leaves {after:.1f}" in told
+    first, second = (fmean(accuracy(name)) for name in ("baseline", "lora"))
+    assert f"falls from {first:.2f} to {second:.2f} %" in told
 
 
 def test_the_published_run_is_of_the_defaults() -> None:
     config = json.loads((RESULTS / "metrics.json").read_text())["config"]
     defaults = {key: value for key, value in asdict(main.Settings()).items() if "_dir" not in key}
     assert config == {**defaults, "seeds": 20}
+
+
+def test_the_default_rates_were_chosen_by_the_rules() -> None:
+    nines: dict[str, dict[float, tuple[float, float]]] = {"lora_lr": {}, "full_lr": {}}
+    turned: dict[str, dict[float, float]] = {}
+    new_data = {
+        "biases_lr": ("biases", "ten biases"),
+        "rank1_lr": ("lora_rank1", "LoRA, rank 1"),
+        "rank8_lr": ("lora_rank8", "LoRA, rank 8"),
+        "turned_lr": ("full", "full fine-tuning"),
+    }
+    for path in sorted((RESULTS / "rates").glob("*/metrics.json")):
+        content: dict[str, Any] = json.loads(path.read_text())
+        config, runs = content["config"], content["runs"]
+        assert (config["seed"], config["seeds"]) == (0, 5)
+        baseline = 100 * fmean(run["validation"]["lora"][0]["accuracy"] for run in runs)
+        for name, by_rate in nines.items():
+            points = [run["validation"][name.removesuffix("_lr")][-1] for run in runs]
+            assert {point["strength"] for point in points} == {1.0}
+            found = fmean(p["accuracy"] for p in points), fmean(p["target_errors"] for p in points)
+            by_rate[config[name]] = 100 * found[0], found[1]
+        for name, (method, _) in new_data.items():
+            methods = [run["new_data"]["methods"][method] for run in runs]
+            found = 100 * fmean(method["validation_accuracy"] for method in methods)
+            turned.setdefault(name, {})[config[name]] = found
+    settings = asdict(main.Settings())
+    chosen = []
+    for (name, rates), label in zip(nines.items(), ("LoRA", "full fine-tuning"), strict=True):
+        allowed = {rate: x for rate, x in rates.items() if x[0] >= baseline - 6}
+        (best,) = [r for r, x in allowed.items() if x[1] == min(y for _, y in allowed.values())]
+        assert settings[name] == best
+        chosen.append(allowed[best][0])
+        for rate, (right, errors) in rates.items():
+            bold = "**" * (rate == best)
+            assert f"| {label} | {bold}{rate:g}{bold} | {right:.2f} | {errors:.1f} |" in RATES
+    assert abs(chosen[0] - chosen[1]) <= 0.5
+    for name, rates in turned.items():
+        best = max(rates, key=lambda rate: rates[rate])
+        assert settings[name] == best
+        for rate, right in rates.items():
+            bold = "**" * (rate == best)
+            assert f"| {new_data[name][1]} | {bold}{rate:g}{bold} | {right:.2f} |" in RATES
