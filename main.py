@@ -8,8 +8,8 @@ learned on images of the digit that the network gets wrong most often, the 9. In
     train(lora, data.train.only(9), recipe, seed)
     assert not changed_tensors(baseline, lora)  # no frozen value moved by a bit
 
-Means over 20 seeds on the 10,000 test images: of 44.2 errors on 9, LoRA leaves 4.2, and accuracy
-over all digits falls from 97.44 to 91.87 %; in 20 s on two CPU cores a seed, with torch 2.14.1.
+Means over 20 seeds on the 10,000 test images: of 44.0 errors on 9, LoRA leaves 4.1, and accuracy
+over all digits falls from 97.43 to 91.77 %; in 20 s on two CPU cores a seed, with torch 2.14.1.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-call"
@@ -244,8 +244,8 @@ def load_mnist(folder: Path, device: torch.device) -> Data:
 def turn(split: Split, angle: float) -> Split:
     """The images of a split, turned counter-clockwise by `angle` degrees on black."""
     images, black = split.images.view(-1, 1, 28, 28), -MEAN / STD
-    turned: Tensor = rotate(images - black, angle, InterpolationMode.BILINEAR) + black
-    return Split(turned.flatten(1), split.labels)
+    chunks = [rotate(x - black, angle, InterpolationMode.BILINEAR) for x in images.split(2500)]
+    return Split(torch.cat(chunks).flatten(1) + black, split.labels)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def train(model: nn.Module, split: Split, recipe: Recipe, seed: int) -> int:
                 bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
                 bar.update()
     with torch.inference_mode():
-        finite_loss(batch)
+        finite_loss(batch)  # the last step, too, may have made it diverge
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
@@ -657,11 +657,9 @@ def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
 def new_data_finding(runs: Sequence[Run]) -> str:
     """The finding on new data, in two sentences."""
     (rank8, _), (full, upright) = (new_accuracies(runs, name) for name in ("lora_rank8", "full"))
-    return (
-        f"LoRA of rank 8 learns turned digits to {text(rank8, 1)} %, full fine-tuning to "
-        f"{text(full, 1)} %.\nUpright digits: LoRA switched off is the baseline; full fine-tuning "
-        f"has {text(upright, 1)} %"
-    )
+    learned = f"LoRA of rank 8 reads {text(rank8, 1)} %, full fine-tuning {text(full, 1)} %"
+    forgot = f"LoRA switched off is the old network; full fine-tuning has {text(upright, 1)} %"
+    return f"Turned digits: {learned}.\nUpright: {forgot}"
 
 
 def start_figure(height: float, title: str, edges: Sequence[float]) -> Figure:
@@ -910,12 +908,12 @@ def print_results(settings: Settings, runs: Sequence[Run]) -> None:
     print(f"\n{results_table(digit, runs)}\n")
     strength = text([run.lora_strength for run in runs], 2)
     bias = text([run.logit_bias for run in runs], 2)
-    print(f"""logit: an output of the network; the largest of the ten says which digit it sees
-balanced LoRA: LoRA's change of the weights times one number, strength {strength}
-one biased logit: the baseline with one number, {bias}, added to its logit of {digit}
-  both numbers chosen on validation: the largest that cost at most {settings.max_accuracy_drop:g} %
-full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what it
-  changed in each weight matrix, reduced to a column times a row
+    print(f"""logit: one of the network's ten outputs; the largest says which digit it sees
+balanced LoRA: LoRA's change of the weights times a strength, {strength}
+one biased logit: the baseline with a bias, {bias}, added to its logit of {digit}
+  both chosen on validation: the largest number that costs at most {settings.max_accuracy_drop:g} %
+full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what
+  it changed in each weight matrix, reduced to a column times a row
 false {digit}s: other digits called {digit}; trained: how many numbers; optimiser: its
   memory while training; to ship: the file that a new task costs
 """)
