@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch: its threads, and those of the processes that tests start, sleep while they wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import main
 
 SCRIPT = Path(main.__file__).resolve()
-RAW = main.DATA_DIR / "MNIST" / "raw"
+RAW = main.Settings().data_dir / "MNIST" / "raw"
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,32 @@ def data_files() -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="session")
 def mnist() -> main.Data:
-    """The real data, extracted by the first test that asks for it."""
     main.make_repeatable()
-    return main.read_data(main.DATA_DIR, torch.device("cpu"))
+    return main.load_mnist(main.Settings().data_dir, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _keep_ctrl_c() -> Iterator[None]:
+    """After writing its files, main() leaves SIGINT ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The one line with which the command line refuses some arguments, before any training."""
+
+    def refuse(*arguments: object) -> str:
+        assert main.main([str(argument) for argument in arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("main.py: ")
+        return line.removeprefix("main.py: ")
+
+    monkeypatch.setattr(main, "train", lambda *_: pytest.fail("not refused before training"))
+    return refuse
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +104,7 @@ def small(monkeypatch: pytest.MonkeyPatch, mnist: main.Data) -> main.Data:
         return main.Split(split.images[:n].clone(), split.labels[:n].clone())
 
     data = main.Data(first(mnist.train, 600), first(mnist.validation, 150), first(mnist.test, 250))
-    monkeypatch.setattr(main, "read_data", lambda folder, device: data)
+    monkeypatch.setattr(main, "load_mnist", lambda folder, device: data)
     return data
 
 

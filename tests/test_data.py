@@ -1,9 +1,8 @@
-"""Chapter "Data", and what is said of files that are missing or damaged."""
+"""Chapter "Data", and what is said of archives that are missing or damaged."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import gzip
 import tempfile
 from pathlib import Path
 
@@ -18,22 +17,27 @@ ARCHIVES = [name for name, _ in MNIST.resources]
 
 
 def test_splits_are_the_files_normalised_once(mnist: main.Data) -> None:
-    assert [len(s.labels) for s in (mnist.train, mnist.validation, mnist.test)] == [
-        55_000,
-        5_000,
-        10_000,
-    ]
-    assert mnist.train.images.shape == (55_000, 784)
-    assert mnist.train.images.dtype == torch.float32
-    raw = MNIST(main.DATA_DIR, train=True)
-    for split, rows in ((mnist.train, slice(0, 3)), (mnist.validation, slice(55_000, 55_003))):
-        expected = (raw.data[rows].flatten(1) / 255 - 0.1307) / 0.3081
-        torch.testing.assert_close(split.images[:3], expected)
-        assert split.labels[:3].tolist() == raw.targets[rows].tolist()
-    test = MNIST(main.DATA_DIR, train=False)
-    assert torch.equal(mnist.test.labels, test.targets)
-    assert abs(mnist.train.images.mean()) < 0.01
-    assert abs(mnist.train.images.std() - 1) < 0.01
+    archives = [gzip.decompress((RAW / name).read_bytes()) for name in ARCHIVES]
+    train, train_labels, test, test_labels = (
+        torch.frombuffer(
+            bytearray(content), dtype=torch.uint8, offset=8 if "labels" in name else 16
+        )
+        for name, content in zip(ARCHIVES, archives, strict=True)
+    )
+    train, test = train.view(-1, 784), test.view(-1, 784)
+    for split, images, labels in (
+        (mnist.train, train[:55_000], train_labels[:55_000]),
+        (mnist.validation, train[55_000:], train_labels[55_000:]),
+        (mnist.test, test, test_labels),
+    ):
+        assert torch.equal(split.labels, labels.long())
+        assert split.images.shape == images.shape
+        for rows in (slice(9), slice(-9, None)):
+            expected = (images[rows] / 255 - 0.1307) / 0.3081
+            torch.testing.assert_close(split.images[rows], expected)
+    assert mnist.train.images.mean().item() == pytest.approx(0, abs=0.01)
+    assert mnist.train.images.std().item() == pytest.approx(1, abs=0.01)
+    assert torch.bincount(mnist.train.labels).tolist() == main.IMAGES
 
 
 def test_only_keeps_the_images_of_one_digit() -> None:
@@ -43,112 +47,68 @@ def test_only_keeps_the_images_of_one_digit() -> None:
     assert nines.labels.tolist() == [9, 9]
 
 
-def test_pixels_undoes_the_normalisation(mnist: main.Data) -> None:
-    image = main.pixels(mnist.test.images[0])
-    raw = MNIST(main.DATA_DIR, train=False).data[0] / 255
-    torch.testing.assert_close(image, raw, atol=1e-6, rtol=0)
+def test_turn_is_counter_clockwise_on_black_and_leaves_its_input_alone(mnist: main.Data) -> None:
+    split = main.Split(mnist.test.images[:9].clone(), mnist.test.labels[:9])
+    for quarters in range(5):
+        turned = main.turn(split, 90.0 * quarters)
+        expected = split.images.view(-1, 28, 28).rot90(quarters, (1, 2)).flatten(1)
+        torch.testing.assert_close(turned.images, expected, atol=1e-4, rtol=0)
+    assert torch.equal(turned.labels, split.labels)
+    corners = main.turn(split, 45).images[:, [0, 27, -28, -1]]
+    torch.testing.assert_close(corners, torch.full((9, 4), -0.1307 / 0.3081))
+    assert torch.equal(split.images, mnist.test.images[:9])
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty data folder, on a machine without a network."""
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    (tmp_path / "data" / "MNIST" / "raw").mkdir(parents=True)
-    return tmp_path / "data"
+def data_folder(folder: Path, **replaced: bytes) -> Path:
+    """A data folder with the four archives, some of which are replaced."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ARCHIVES:
+        (raw / name).symlink_to(RAW / name)
+    for name, content in replaced.items():
+        (raw / name).unlink(missing_ok=True)
+        (raw / name).write_bytes(content)
+    return folder
 
 
-def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which the command line refuses this data folder."""
-    output = folder.parent / "outputs"
-    assert main.main(["--data-dir", str(folder), "--output-dir", str(output)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert not list(output.glob("*.*"))
-    return line
-
-
-def test_no_archives_and_no_network(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = run(folder, capsys)
-    assert str(folder / "MNIST" / "raw") in line
-    assert all(f"{name} is missing" in line for name in ARCHIVES)
-
-
-def test_an_error_of_http_is_as_no_network(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_archives_are_all_that_is_read_and_nothing_stays_beside_them(
+    mnist: main.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:none/"])  # as of a proxy that is wrong
-    assert f"{ARCHIVES[0]} is missing" in run(folder, capsys)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    # as an extraction that was killed would leave it
+    folder = data_folder(tmp_path / "data", **{"t10k-labels-idx1-ubyte": b"half"})
+
+    def listed() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    before = listed()
+    data = main.load_mnist(folder, torch.device("cpu"))
+    assert listed() == before
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert torch.equal(data.test.images, mnist.test.images)
+    assert torch.equal(data.test.labels, mnist.test.labels)
 
 
-def test_a_data_folder_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "data").touch()
-    line = run(tmp_path / "data", capsys)
-    assert f"--data-dir {tmp_path / 'data'}: {tmp_path / 'data'}" in line
-    assert "give another folder" in line
+def test_folders_without_archives(tmp_path: Path, refused) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in (*(tmp_path / name for name in ("empty", "file", "link", "none")), RAW):
+        line = f"{folder}/MNIST/raw/train-images-idx3-ubyte.gz is missing or damaged: "
+        advice = f"--data-dir needs {', '.join(ARCHIVES)} there"
+        assert refused("--data-dir", folder, "--output-dir", tmp_path / "out") == line + advice
+    assert list((tmp_path / "out").rglob("*.*")) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered"])
-def test_damaged_archive(damage: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = folder / "MNIST" / "raw"
-    for name in ARCHIVES:
-        shutil.copy(RAW / name, raw)
-    path = raw / "t10k-images-idx3-ubyte.gz"
-    content = bytearray(path.read_bytes())
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_a_damaged_archive_is_named(name: str, damage: str, tmp_path: Path, refused) -> None:
+    content = bytearray((RAW / name).read_bytes())
     if damage == "cut":
-        content = content[: len(content) // 2]
+        del content[-1]
     else:
-        content[1000] ^= 1
-    path.write_bytes(content)
-    line = run(folder, capsys)
-    assert "t10k-images-idx3-ubyte.gz is damaged" in line
-    assert "train-images-idx3-ubyte.gz is" not in line
-
-
-@pytest.mark.parametrize("damage", ["cut", "another kind"])
-@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_damaged_extracted_file(
-    name: str, damage: str, folder: Path, mnist: main.Data, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw = folder / "MNIST" / "raw"
-    for other in main.EXTRACTED:
-        os.symlink(RAW / other, raw / other)
-    (raw / name).unlink()
-    if damage == "cut":
-        (raw / name).write_bytes((RAW / name).read_bytes()[:5000])
-    else:
-        shutil.copy(RAW / "train-labels-idx1-ubyte", raw / name)
-    line = run(folder, capsys)
-    assert f"{raw / name} is damaged: delete it" in line
-
-
-def test_extracted_files_need_no_archives_and_no_right_to_write(mnist: main.Data) -> None:
-    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folder is closed to others
-        raw = Path(temporary) / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        for name in main.EXTRACTED:
-            shutil.copy(RAW / name, raw)
-            (raw / name).chmod(0o444)
-        for folder in (raw, raw.parent, raw.parent.parent):
-            folder.chmod(0o555)
-        user = os.geteuid()
-        try:
-            if user == 0:  # whom no permission stops
-                os.seteuid(65534)
-            with pytest.raises(PermissionError):
-                (raw / "new").touch()
-            data = main.read_data(Path(temporary), torch.device("cpu"))
-        finally:
-            os.seteuid(user)
-            for folder in (raw.parent.parent, raw.parent, raw):
-                folder.chmod(0o755)
-    assert torch.equal(data.test.images, mnist.test.images)
-
-
-def test_a_batch_larger_than_its_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for arguments, images in (
-        (["--batch-size", "55001"], "55000"),
-        (["--lora-batch-size", "5500"], "5466"),
-    ):
-        assert main.main([*arguments, "--output-dir", str(tmp_path)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert " ".join(arguments) in line
-        assert images in line
+        content[-9] ^= 1
+    folder = data_folder(tmp_path / "data", **{name: content})
+    line = refused("--data-dir", folder, "--output-dir", tmp_path / "out")
+    assert line.startswith(f"{folder / 'MNIST' / 'raw' / name} is missing or damaged: --data-dir ")

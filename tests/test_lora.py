@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 import main
 
-RANKS = list(range(1, 11))
-RECIPE = main.Recipe("LoRA", epochs=3, batch_size=7, lr=0.05, to_lower="--lora-lr")
-
 
 class Odd(nn.Module):
     """A model of odd shapes, with a layer that is not linear and one without a bias."""
@@ -27,16 +24,16 @@ class Odd(nn.Module):
         return self.inner(self.norm(x))
 
 
-def images(n: int = 23) -> Tensor:
-    return torch.randn(n, 13, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(23, 13, generator=torch.Generator().manual_seed(1))
 
 
-def trained(rank: int = 2, alpha: float = 3.0) -> tuple[nn.Module, nn.Module]:
+def trained(rank: int = 2) -> tuple[nn.Module, nn.Module]:
     """A base model, and a copy of it with LoRA that was trained for a few steps."""
     torch.manual_seed(0)
     base = Odd()
-    lora = main.attach_lora(copy.deepcopy(base), rank, alpha)
-    main.train(lora, main.Split(images(), torch.arange(23) % 11), RECIPE, seed=0)
+    lora = main.attach_lora(copy.deepcopy(base), rank, alpha=3.0)
+    recipe = main.Recipe("LoRA", epochs=3, batch_size=7, lr=0.05, lr_options="--lora-lr")
+    main.train(lora, main.Split(IMAGES, torch.arange(23) % 11), recipe, seed=0)
     return base, lora
 
 
@@ -57,20 +54,19 @@ def test_rank_1_adds_the_stated_parameters_and_leaves_the_class_alone() -> None:
     assert list(main.lora_layers(model)) == ["linear1", "linear2", "linear3"]
 
 
-@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rank", [1, 2, 10])
 def test_shapes_start_and_effective_weight(rank: int) -> None:
-    torch.manual_seed(rank)
     base = Odd()
     model = main.attach_lora(copy.deepcopy(base), rank, alpha=3.0)
-    assert torch.equal(model(images()), base(images()))  # B is zero: training starts at W
+    assert list(main.lora_layers(model)) == ["inner.0", "inner.2"]
+    assert torch.equal(model(IMAGES), base(IMAGES))  # B is zero: training starts at W
     for name, lora in main.lora_layers(model).items():
         layer, weight = model.get_submodule(name), base.get_parameter(f"{name}.weight")
         assert lora.lora_A.shape == (rank, weight.shape[1])
         assert lora.lora_B.shape == (weight.shape[0], rank)
-        with torch.no_grad():
-            lora.lora_B.normal_()
+        nn.init.normal_(lora.lora_B)
         for strength in (1.0, 0.3):
-            main.set_strength(model, strength)
+            assert main.set_strength(model, strength) is model
             expected = weight + strength * (3.0 / rank) * lora.lora_B @ lora.lora_A
             torch.testing.assert_close(layer.weight, expected)
 
@@ -86,96 +82,69 @@ def test_lora_a_is_drawn_from_the_seed_with_variance_one_over_in() -> None:
     assert draw(0).mean().item() == pytest.approx(0, abs=0.001)
 
 
-def test_the_gradient_reaches_lora_alone() -> None:
-    model = main.attach_lora(Odd(), rank=2, alpha=1.0)
-    for lora in main.lora_layers(model).values():
-        nn.init.normal_(lora.lora_B)
-    model(images()).square().sum().backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {name for name, _ in model.named_parameters() if ".lora_" in name}
-    assert len(with_gradient) == 4
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None)
-
-
-def test_training_updates_lora_alone() -> None:
+def test_training_updates_every_tensor_of_lora_and_nothing_else() -> None:
     base, lora = trained()
-    main.check_frozen(base.state_dict(), lora)
-    for layer in main.lora_layers(lora).values():
-        assert layer.lora_B.abs().max() > 0
-    assert not torch.allclose(lora(images()), base(images()))
+    torch.manual_seed(0)
+    start = dict(main.attach_lora(Odd(), rank=2, alpha=3.0).named_parameters())  # as it began
+    parts = {f"inner.{i}.parametrizations.weight.0.lora_{x}" for i in (0, 2) for x in "AB"}
+    assert {n for n, tensor in lora.named_parameters() if tensor.requires_grad} == parts
+    assert {
+        n for n, tensor in lora.named_parameters() if not torch.equal(tensor, start[n])
+    } == parts
+    assert main.changed_tensors(base, lora) == []
 
 
-@pytest.mark.parametrize("rank", [1, 4, 10])
+@pytest.mark.parametrize("rank", [1, 10])
 def test_off_is_the_base_exactly_and_on_is_on_again(rank: int) -> None:
     base, lora = trained(rank)
-    on = lora(images())
-    with main.lora_off(lora):
-        assert torch.equal(lora(images()), base(images()))
-        assert lora.inner[0].weight is lora.inner[0].parametrizations.weight.original
-    assert torch.equal(lora(images()), on)
-
-
-def test_an_error_inside_lora_off_restores_each_strength() -> None:
-    _, lora = trained()
-    first, second = main.lora_layers(lora).values()
-    first.strength, second.strength = 0.25, 0.75
-    with pytest.raises(KeyError), main.lora_off(lora):
-        assert (first.strength, second.strength) == (0, 0)
-        raise KeyError
-    assert (first.strength, second.strength) == (0.25, 0.75)
+    on = lora(IMAGES)
+    assert not torch.allclose(on, base(IMAGES))
+    main.set_strength(lora, 0)
+    assert torch.equal(lora(IMAGES), base(IMAGES))
+    assert lora.inner[0].weight is lora.inner[0].parametrizations.weight.original
+    assert torch.equal(main.set_strength(lora, 1)(IMAGES), on)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
 def test_merging_changes_no_output_and_leaves_a_plain_model(strength: float) -> None:
     base, lora = trained()
-    main.set_strength(lora, strength)
-    expected = lora(images())
+    expected = main.set_strength(lora, strength)(IMAGES)
     merged = main.merge_lora(lora)
-    assert torch.equal(merged(images()), expected)
-    assert torch.equal(expected, base(images())) == (strength == 0)
+    assert torch.equal(merged(IMAGES), expected)
+    assert torch.equal(expected, base(IMAGES)) == (strength == 0)
     assert merged.state_dict().keys() == base.state_dict().keys()
     assert type(merged.inner[0]) is nn.Linear
-    before = copy.deepcopy(merged.state_dict())
-    main.check_frozen(before, main.merge_lora(merged))  # merging twice changes nothing more
+    again = main.merge_lora(copy.deepcopy(merged))
+    assert main.changed_tensors(merged, again) == []  # merging twice changes nothing more
 
 
-def test_save_and_load_give_the_same_logits(tmp_path) -> None:
-    base, lora = trained(rank=3)
-    torch.save(lora.state_dict(), tmp_path / "lora.pt")
-    loaded = main.attach_lora(copy.deepcopy(base), rank=3, alpha=3.0)
-    loaded.load_state_dict(torch.load(tmp_path / "lora.pt"))
-    assert torch.equal(loaded(images()), lora(images()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 10])
-def test_dtypes_are_kept_and_outputs_finite(rank: int, dtype: torch.dtype) -> None:
-    model = main.attach_lora(Odd().to(dtype), rank, alpha=1.0)
-    for lora in main.lora_layers(model).values():
-        nn.init.normal_(lora.lora_B)
-    out = model(images().to(dtype))
-    assert out.dtype == dtype
-    assert out.isfinite().all()
-    merged = main.merge_lora(model)
-    assert torch.equal(merged(images().to(dtype)), out)
-
-
-@pytest.mark.parametrize("rank", [0, -1, 12])
-def test_a_rank_that_a_layer_cannot_hold_is_refused_before_anything_changes(rank: int) -> None:
-    model = Odd()
-    with pytest.raises(ValueError, match=f"rank {rank}"):
-        main.attach_lora(model, rank, alpha=1.0)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not main.lora_layers(model)
-
-
-def test_attaching_twice_is_refused() -> None:
-    model = main.attach_lora(Odd(), 1, alpha=1.0)
-    with pytest.raises(ValueError, match="already"):
-        main.attach_lora(model, 1, alpha=1.0)
+def test_the_type_of_the_weights_is_kept() -> None:
+    model = main.attach_lora(Odd().to(torch.bfloat16), rank=2, alpha=1.0)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    assert model(IMAGES.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_a_model_that_is_itself_a_linear_layer() -> None:
     layer = nn.Linear(5, 4)
     assert list(main.lora_layers(main.attach_lora(layer, 2, alpha=1.0))) == [""]
     assert type(main.merge_lora(layer)) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["norm.bias", "inner.0.weight", "inner.2.weight", "inner.2.bias"])
+def test_changed_tensors_names_what_differs_by_a_bit(name: str) -> None:
+    base, lora = trained()
+    held = name.replace("inner.2.weight", "inner.2.parametrizations.weight.original")
+    held = held.replace("inner.0.weight", "inner.0.parametrizations.weight.original")
+    value = lora.get_parameter(held).detach().view(-1)[-1]
+    value.copy_(torch.nextafter(value, torch.tensor(9.0)))
+    assert main.changed_tensors(base, lora) == [name]
+
+
+def test_changed_tensors_sees_a_sign_of_zero_and_a_missing_tensor() -> None:
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.bias)
+    other = copy.deepcopy(layer)
+    other.bias.detach().neg_()
+    assert main.changed_tensors(layer, other) == ["bias"]
+    other.bias = None
+    assert main.changed_tensors(layer, other) == ["bias"]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -126,56 +122,3 @@ def test_mean_energy_is_taken_over_seeds() -> None:
     other = run(1)
     other.update_energy["linear1"] = [0.7, 1.0]
     assert main.mean_energy([run(0), other])["linear1"] == pytest.approx([0.6, 1.0])
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "first").write_bytes(b"old")
-    (tmp_path / "second").write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: the second is too big
-    try:
-        with pytest.raises(main.InputError, match=str(tmp_path)):
-            main.write_files(tmp_path, {"first": b"new", "second": bytes(2000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        "first": b"old",
-        "second": b"old",
-    }
-    main.write_files(tmp_path, {"first": b"new"})
-    assert (tmp_path / "first").read_bytes() == b"new"
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    main.write_files(tmp_path, {"first": b"old", "second": b"old"})
-    child = os.fork()
-    if not child:  # the kernel kills it after 1000 bytes of the second file
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        main.write_files(tmp_path, {"first": b"new", "second": bytes(2000)})
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXFSZ
-    assert any(path.stat().st_size == 1000 for path in tmp_path.iterdir())  # half of one
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes() == b"old"
-    main.write_files(tmp_path, {"first": b"new", "second": b"new"})
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
-        "first": b"new",
-        "second": b"new",
-    }
-
-
-def test_an_interruption_waits_until_all_is_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(part: Path, path: Path) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.replace(part, path)
-
-    monkeypatch.setattr(Path, "replace", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    main.write_files(tmp_path, {"first": b"new", "second": b"new"})
-    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
-    assert signal.getsignal(signal.SIGINT) is before

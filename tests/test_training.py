@@ -18,10 +18,17 @@ def toy() -> tuple[nn.Module, main.Split]:
     return model, main.Split(torch.randn(50, 6), torch.arange(50) % 10)
 
 
-def test_the_loop_is_adam_with_a_rate_that_falls_linearly_to_zero() -> None:
+def recipe(epochs: int = 1, batch_size: int = 16, lr: float = 0.01) -> main.Recipe:
+    return main.Recipe("toy", epochs, batch_size, lr, "--lr or --alpha")
+
+
+def test_the_loop_is_adam_with_a_rate_that_falls_linearly_to_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main, "BFLOAT16", False, raising=False)
     model, split = toy()
     expected = copy.deepcopy(model)
-    main.train(model, split, main.Recipe("toy", 3, 16, 0.01, "--lr"), seed=5)
+    main.train(model, split, recipe(epochs=3), seed=5)
 
     optimizer = torch.optim.Adam(expected.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(5)
@@ -39,46 +46,60 @@ def test_the_loop_is_adam_with_a_rate_that_falls_linearly_to_zero() -> None:
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
-def test_the_seed_orders_the_batches() -> None:
-    def weights(seed: int) -> torch.Tensor:
+def test_the_seed_alone_orders_the_batches() -> None:
+    def trained(seed: int, before: int) -> nn.Module:
         model, split = toy()
-        main.train(model, split, main.Recipe("toy", 1, 16, 0.01, "--lr"), seed)
-        return model[0].weight
+        torch.manual_seed(before)
+        main.train(model, split, recipe(), seed)
+        return model
 
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
+    assert main.changed_tensors(trained(1, before=3), trained(1, before=4)) == []
+    assert len(main.changed_tensors(trained(1, before=3), trained(2, before=3))) == 4
 
 
 def test_the_optimiser_holds_two_moments_of_what_is_trained() -> None:
     model, split = toy()
     model[0].requires_grad_(False)
-    frozen = copy.deepcopy(model[0].state_dict())
-    size = main.train(model, split, main.Recipe("toy", 1, 50, 0.01, "--lr"), seed=0)
+    before = copy.deepcopy(model)
+    size = main.train(model, split, recipe(), seed=0)
     assert size == 2 * 4 * (8 * 10 + 10) + 2 * 4  # and a step counter for each of two tensors
-    main.check_frozen(frozen, model[0])
+    assert main.changed_tensors(before, model) == ["2.weight", "2.bias"]
 
 
-def test_precision_is_reduced_in_training_alone() -> None:
+@pytest.mark.parametrize("on", [False, True])
+def test_precision_is_reduced_in_training_alone(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on and not hasattr(main, "BFLOAT16"):
+        pytest.skip("no bfloat16")
+    monkeypatch.setattr(main, "BFLOAT16", on, raising=False)
     seen = []
 
     class Watch(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(torch.get_float32_matmul_precision())
-            return super().forward(x)
+            out = super().forward(x)
+            seen.append((out.dtype, torch.get_float32_matmul_precision()))
+            return out
 
     _, split = toy()
     model = Watch(6, 10)
-    main.train(model, split, main.Recipe("toy", 1, 50, 0.01, "--lr"), seed=0)
-    main.evaluate(model, split.images, main.Recipe("toy", 1, 50, 0.01, "--lr"))
-    assert seen == ["medium", "highest"]
-    with pytest.raises(KeyError), main.reduced_precision():
-        raise KeyError
-    assert torch.get_float32_matmul_precision() == "highest"
+    main.train(model, split, recipe(), seed=0)
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16 if on else torch.float32}
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    seen.clear()
+    main.evaluate(model, split.images)
+    assert seen == [(torch.float32, "highest")]
 
 
-def test_a_loss_that_is_not_finite_names_stage_step_and_option() -> None:
+def test_a_loss_that_is_not_finite_names_stage_step_and_options() -> None:
     model, split = toy()
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     split.images[order[40]] = float("nan")  # in the third batch
-    with pytest.raises(main.RunError, match=r"toy: the loss is nan at step 3 of 4; lower --lr"):
-        main.train(model, split, main.Recipe("toy", 1, 16, 0.01, "--lr"), seed=0)
+    line = r"^toy: the loss is nan after 2 of 4 steps; lower --lr or --alpha$"
+    with pytest.raises(main.RunError, match=line):
+        main.train(model, split, recipe(), seed=0)
+
+
+def test_a_last_step_that_diverges_is_found() -> None:
+    model, split = toy()
+    line = r"^toy: the loss is (nan|inf) after 1 of 1 steps; lower --lr or --alpha$"
+    with pytest.raises(main.RunError, match=line):
+        main.train(model, split, recipe(batch_size=50, lr=1e38), seed=0)
