@@ -1051,6 +1051,7 @@ def run_experiment(settings: Settings) -> None:
         if not runs:
             first = artifacts
         runs.append(run)
+        gc.collect()  # models with parametrizations are cycles, which would pile up
     digit, image = settings.digit, data.test.only(settings.digit).images[0]
     with timed("pictures: draw"):
         figures = (
