@@ -909,11 +909,11 @@ def print_results(settings: Settings, runs: Sequence[Run]) -> None:
     print(f"\n{results_table(digit, runs)}\n")
     strength = text([run.lora_strength for run in runs], 2)
     bias = text([run.logit_bias for run in runs], 2)
-    cost = f"{settings.max_accuracy_drop:g} %"
+    cost = f"{settings.max_accuracy_drop:g} point" + "s" * (settings.max_accuracy_drop != 1)
     print(f"""logit: one of the network's ten outputs; the largest says which digit it sees
 balanced LoRA: LoRA's change of the weights times a strength, {strength}
 one biased logit: the baseline with a bias, {bias}, added to its logit of {digit}
-  both chosen on validation, the largest at a cost in accuracy of at most {cost}
+  both chosen on validation, the largest that costs at most {cost} of accuracy
 full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what
   it changed in each weight matrix, reduced to a column times a row
 false {digit}s: other digits called {digit}; trained: how many numbers; optimiser: its
