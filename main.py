@@ -733,6 +733,8 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
         xs = [fmean(score.errors[digit] for score in seeds) for seeds in scores]
         ys = [100 * fmean(score.accuracy for score in seeds) for seeds in scores]
         axes.plot(xs, ys, style, color=NAMES[name][1], markevery=slice(1, None), label=label)
+        i, shift = (3, (10, -4)) if name == "lora" else (8, (-90, 8))
+        axes.annotate(NAMES[name][0], (xs[i], ys[i]), shift, textcoords="offset points")
         if name == "lora":
             axes.set_ylim(bottom=ys[-1] - 1)
             for i in (2, 4):
@@ -941,7 +943,7 @@ false {digit}s: other digits called {digit}; trained: how many numbers; optimise
         sizes = size(costs.optimizer_bytes), size(costs.file_bytes)
         rows.append((name, *accuracy, f"{costs.trainable_parameters:,}", *sizes))
     print(*(f"{name:19}" + "".join(f"{x:>12}" for x in row) for name, *row in rows), sep="\n")
-    print(f"{new_data_finding(runs)}.")
+    print(new_data_finding(runs))
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1001,7 +1003,6 @@ def make_repeatable() -> None:
 
 def prepare_output(folder: Path) -> None:
     """Find out before training whether the results can be saved. Raises InputError if not."""
-    place = folder
     try:
         for place in (folder, folder / "adapter"):
             place.mkdir(parents=True, exist_ok=True)
