@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SCRIPT, WholeRun
 from peft import PeftModel
+from test_experiment import learn, scored, turned
 
 import main
 
+README = (SCRIPT.parent / "README.md").read_text()
+PICTURES = {"examples.png", "error_counts.png", "trade_off.png", "low_rank.png", "new_data.png"}
+FILES = PICTURES | {
+    "metrics.json",
+    "baseline.pt",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.bin",
+}
 
-def test_the_bars_of_the_experiment(whole_run: WholeRun) -> None:
+
+@pytest.fixture
+def run(whole_run: WholeRun) -> dict[str, Any]:
     (run,) = whole_run.metrics["runs"]
+    return run
+
+
+def baseline_of(whole_run: WholeRun) -> main.MNISTClassifier:
+    model = main.MNISTClassifier()
+    model.load_state_dict(torch.load(whole_run.folder / "outputs" / "baseline.pt"))
+    return model
+
+
+def test_nines_are_learned_and_what_it_costs(run: dict[str, Any]) -> None:
     methods = run["methods"]
     baseline, lora, balanced = (methods[name] for name in ("baseline", "lora", "lora_balanced"))
     assert baseline["accuracy"] >= 0.97
@@ -25,122 +51,163 @@ def test_the_bars_of_the_experiment(whole_run: WholeRun) -> None:
     assert lora["errors"][9] <= 0.12 * baseline["errors"][9]
     assert balanced["accuracy"] >= baseline["accuracy"] - 0.015
     assert balanced["errors"][9] <= 0.45 * baseline["errors"][9]
-    assert methods["lora_off"]["errors"] == baseline["errors"]
-    # full fine-tuning's rate was chosen so that it is no worse than LoRA on validation
-    full_rate, lora_rate = (run["validation"][name][-1] for name in ("full", "lora"))
-    assert full_rate["strength"] == lora_rate["strength"] == 1.0
-    assert full_rate["accuracy"] >= lora_rate["accuracy"]
-    assert min(run["update_energy_rank1"].values()) > 0.5
-    assert run["checks"] == {
-        "frozen_weights_unchanged": True,
-        "lora_off_equals_baseline": True,
-        "merged_equals_lora": True,
-        "parameter_overhead": 6_794 / 2_807_010,
-    }
+    # rank 1 of full fine-tuning does most of what all of it does
+    assert methods["full_rank1"]["errors"][9] <= 0.3 * baseline["errors"][9]
+    assert min(run["update_energy_rank1"].values()) > 0.7
 
 
-def test_scores_agree_with_each_other(whole_run: WholeRun) -> None:
-    (run,) = whole_run.metrics["runs"]
-    for name, method in run["methods"].items():
-        assert round((1 - method["accuracy"]) * 10_000) == sum(method["errors"]), name
-        assert method["false_positives"] <= sum(method["errors"]) - method["errors"][9]
-    ends = {point["strength"]: point for point in run["trade_off"]["lora"]}
-    assert ends[0.0]["accuracy"] == run["methods"]["baseline"]["accuracy"]
-    assert ends[1.0]["target_errors"] == run["methods"]["lora"]["errors"][9]
+def test_new_data_is_learned_and_old_data_kept(run: dict[str, Any]) -> None:
+    new = run["new_data"]["methods"]
+    right = {name: method["accuracy"] for name, method in new.items()}
+    upright = {name: method["accuracy_upright"] for name, method in new.items()}
+    assert right["baseline"] <= 0.52
+    assert right["baseline"] < right["biases"] <= 0.53
+    assert right["biases"] + 0.2 < right["lora_rank1"] < right["lora_rank8"] < right["full"]
+    assert right["lora_rank8"] >= max(0.90, right["full"] - 0.02)
+    assert upright["full"] <= 0.75
+    off = {upright[name] for name in ("baseline", "lora_rank1", "lora_rank8")}
+    assert off == {run["methods"]["baseline"]["accuracy"]}
+    assert run["new_data"]["update_energy_rank1"]["linear2"] < 0.5  # new data takes several ranks
 
 
-def test_the_balanced_methods_were_chosen_on_validation(whole_run: WholeRun) -> None:
-    (run,) = whole_run.metrics["runs"]
-    for dial, key, chosen in (
-        ("lora", "strength", run["lora_strength"]),
-        ("logit_bias", "bias", run["logit_bias"]),
+def test_scores_agree_with_each_other(run: dict[str, Any]) -> None:
+    methods = run["methods"]
+    for method in (*methods.values(), *run["new_data"]["methods"].values()):
+        assert method["accuracy"] == (10_000 - sum(method["errors"])) / 10_000
+        assert 0 < method["false_positives"] <= sum(method["errors"]) - method["errors"][9]
+    for dial, images in (("validation", 5_000), ("trade_off", 10_000)):
+        points = [point for curve in run[dial].values() for point in curve]
+        right = [point["accuracy"] * images for point in points]
+        assert right == pytest.approx([round(x) for x in right], abs=1e-6)
+    for dial, key, at, name in (
+        ("lora", "strength", 0.0, "baseline"),
+        ("lora", "strength", 1.0, "lora"),
+        ("lora", "strength", run["lora_strength"], "lora_balanced"),
+        ("logit_bias", "bias", 0.0, "baseline"),
+        ("logit_bias", "bias", run["logit_bias"], "logit_bias"),
+        ("full", "strength", 0.0, "baseline"),
+        ("full", "strength", 1.0, "full"),
     ):
-        points = run["validation"][dial]
-        assert [p[key] for p in points] == [p[key] for p in run["trade_off"][dial]]
-        assert all(
-            p["accuracy"] * 5_000 == pytest.approx(round(p["accuracy"] * 5_000)) for p in points
-        )
-        least = points[0]["accuracy"] - 0.01
-        assert chosen == max(p[key] for p in points if p["accuracy"] >= least - 1e-9)
+        (point,) = [point for point in run["trade_off"][dial] if point[key] == at]
+        found = methods[name]["accuracy"], methods[name]["errors"][9]
+        assert (point["accuracy"], point["target_errors"]) == found
+    assert methods["lora_off"]["errors"] == methods["baseline"]["errors"]
+    assert run["checks"]["parameter_overhead"] == 6_794 / 2_807_010
 
 
-def test_what_it_prints(whole_run: WholeRun) -> None:
+def test_ten_biases_learn_from_the_first_5000_training_images(
+    whole_run: WholeRun, mnist: main.Data, run: dict[str, Any]
+) -> None:
+    baseline, biases = baseline_of(whole_run), {"bias": torch.zeros(10)}
+    few = turned(main.Split(mnist.train.images[:5000], mnist.train.labels[:5000]), 45)
+    logits = main.Split(main.evaluate(baseline, few.images), few.labels)
+
+    def forward(logits: torch.Tensor) -> torch.Tensor:
+        return F.linear(logits, torch.eye(10), biases["bias"])
+
+    learn(biases, forward, logits, (1, 128, main.Settings().biases_lr), seed=0)
+    found = run["new_data"]["methods"]["biases"]
+    upright = forward(main.evaluate(baseline, mnist.test.images))
+    assert scored(upright, mnist.test.labels, 9)["accuracy"] == found["accuracy_upright"]
+    test = forward(main.evaluate(baseline, turned(mnist.test, 45).images))
+    found = {key: found[key] for key in ("accuracy", "errors", "false_positives")}
+    assert scored(test, mnist.test.labels, 9) == found
+
+
+def test_the_log(whole_run: WholeRun, run: dict[str, Any]) -> None:
+    assert whole_run.stderr == ""  # no bars, no warnings
+    assert "\r" not in whole_run.stdout
     lines = whole_run.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("  ok  ") for line in lines) == 4
-    assert any("2,807,010 values are the same" in line for line in lines)
-    assert any("6,794 parameters: +0.242 %" in line for line in lines)
-    (row,) = [line for line in lines if line.strip().startswith("accuracy")]
-    accuracy = whole_run.metrics["runs"][0]["methods"]["baseline"]["accuracy"]
-    assert f"{100 * accuracy:.2f}" in row
-    assert "\r" not in whole_run.stdout + whole_run.stderr  # no bars in a file
-    assert "it/s" not in whole_run.stderr
-    assert "Traceback" not in whole_run.stderr
+    assert any("2,807,010 frozen values are the same" in line for line in lines)
+    assert any("6,794 new parameters, +0.242 %" in line for line in lines)
+    (row,) = [line.split()[2:] for line in lines if line.startswith(" accuracy, %")]
+    assert row == [f"{100 * run['methods'][name]['accuracy']:.2f}" for name in main.NAMES]
 
 
-def test_files(whole_run: WholeRun) -> None:
+def test_files(whole_run: WholeRun, run: dict[str, Any]) -> None:
     outputs = whole_run.folder / "outputs"
     files = {path.relative_to(outputs).as_posix(): path for path in outputs.rglob("*.*")}
-    assert all(f"outputs/{name}" in whole_run.stdout for name in files)
-    assert len(files) == 8
-    for name in ("error_counts", "trade_off", "low_rank", "examples"):
-        assert files[f"{name}.png"].read_bytes().startswith(b"\x89PNG")
-    lora = whole_run.metrics["runs"][0]["methods"]["lora"]
+    assert files.keys() == FILES
+    listed = whole_run.stdout.split("files in outputs:")[1]
+    assert set(listed.replace(",", " ").split()) == FILES
+    assert all(files[name].read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+    lora, baseline = run["methods"]["lora"], run["methods"]["baseline"]
     assert files["adapter/adapter_model.bin"].stat().st_size == lora["file_bytes"] < 40_000
-    assert 11e6 < files["baseline.pt"].stat().st_size < 12e6
+    assert files["baseline.pt"].stat().st_size == baseline["file_bytes"] > 11e6
 
 
-def test_extracted_data_is_only_read(whole_run: WholeRun) -> None:
+def test_the_data_is_only_read(whole_run: WholeRun) -> None:
     assert whole_run.data_before == whole_run.data_after
-    assert set(main.EXTRACTED) < set(whole_run.data_before)
+    assert {path.name for path in whole_run.folder.iterdir()} == {"log", "outputs"}
 
 
-def test_peft_loads_the_adapter_and_makes_the_same_errors(
-    whole_run: WholeRun, mnist: main.Data, tmp_path: Path
+def test_peft_makes_the_same_errors_as_this_lora(
+    whole_run: WholeRun, mnist: main.Data, run: dict[str, Any], tmp_path: Path
 ) -> None:
+    def scores(model: torch.nn.Module) -> dict[str, Any]:
+        return scored(main.evaluate(model, mnist.test.images), mnist.test.labels, 9)
+
+    def reported(name: str) -> dict[str, Any]:
+        return {key: run["methods"][name][key] for key in ("accuracy", "errors", "false_positives")}
+
     outputs = whole_run.folder / "outputs"
+    assert scores(baseline_of(whole_run)) == reported("baseline")
+    adapted = PeftModel.from_pretrained(baseline_of(whole_run), outputs / "adapter")
+    assert scores(adapted) == reported("lora")
+    assert scores(adapted.merge_and_unload()) == reported("lora")
 
-    def plain() -> torch.nn.Module:
-        model = main.MNISTClassifier()
-        model.load_state_dict(torch.load(outputs / "baseline.pt"))
-        return model
-
-    recipe = main.Recipe("PEFT", 1, 1, 1.0, "")
-
-    def errors(model: torch.nn.Module) -> list[int]:
-        logits = main.evaluate(model, mnist.test.images, recipe)
-        return main.score(logits, mnist.test.labels, digit=9).errors
-
-    methods = whole_run.metrics["runs"][0]["methods"]
-    assert errors(plain()) == methods["baseline"]["errors"]
-    adapted = PeftModel.from_pretrained(plain(), outputs / "adapter")
-    assert errors(adapted) == methods["lora"]["errors"]
-    assert errors(adapted.merge_and_unload()) == methods["lora"]["errors"]
-
-    strength = whole_run.metrics["runs"][0]["lora_strength"]
     shutil.copytree(outputs / "adapter", tmp_path / "adapter")
-    config = json.loads((outputs / "adapter" / "adapter_config.json").read_text())
-    config["lora_alpha"] *= strength  # as the README says
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    balanced = PeftModel.from_pretrained(plain(), tmp_path / "adapter")
-    assert errors(balanced) == methods["lora_balanced"]["errors"]
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["lora_alpha"] *= run["lora_strength"]  # as the README says
+    path.write_text(json.dumps(config))
+    balanced = PeftModel.from_pretrained(baseline_of(whole_run), tmp_path / "adapter")
+    assert scores(balanced) == reported("lora_balanced")
 
 
 def test_the_lines_of_the_readme_load_the_adapter(
-    whole_run: WholeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole_run: WholeRun,
+    run: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (lines,) = re.findall(
-        r"```python\n(.+?)```", (SCRIPT.parent / "README.md").read_text(), re.DOTALL
-    )
+    (lines,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
     monkeypatch.chdir(whole_run.folder)
     exec(lines, {})  # noqa: S102
-    accuracy = whole_run.metrics["runs"][0]["methods"]["lora"]["accuracy"]
-    assert f"{accuracy:.4f}".rstrip("0") in capsys.readouterr().out
+    (printed,) = re.findall(r"0\.\d+", capsys.readouterr().out)
+    assert float(printed) == run["methods"]["lora"]["accuracy"]
 
 
-def test_the_published_run_of_the_same_seed_is_like_this_one(whole_run: WholeRun) -> None:
-    published = json.loads((SCRIPT.parent / "results" / "metrics.json").read_text())["runs"][0]
-    (run,) = whole_run.metrics["runs"]
+def examples() -> Iterator[str]:
+    """The commands of the README's block of examples, without their comments."""
+    for block in re.findall(r"```\n(python main\.py --.+?)```", README, re.DOTALL):
+        lines = (line.partition("#")[0].strip() for line in block.splitlines())
+        yield from (line for line in lines if not line.endswith("--help"))
+
+
+@pytest.mark.parametrize("command", list(examples()))
+def test_each_example_of_the_readme_sets_what_it_names(command: str) -> None:
+    python, script, *options = shlex.split(command)
+    assert (python, script) == ("python", "main.py")
+    settings, defaults = main.parse(options), main.Settings()
+    changed = {x: value for x, value in asdict(settings).items() if value != getattr(defaults, x)}
+    assert changed == {
+        name.removeprefix("--").replace("-", "_"): float(value)
+        for name, value in zip(options[::2], options[1::2], strict=True)
+    }
+
+
+def test_the_published_run_of_the_same_seed_is_like_this_one(run: dict[str, Any]) -> None:
+    """On another processor rounding differs, and with it some predictions."""
+    results = SCRIPT.parent / "results" / "metrics.json"
+    published = json.loads(results.read_text())["runs"][0]
     assert published["seed"] == run["seed"]
-    for name, method in published["methods"].items():  # on another machine, within the spread
-        assert abs(method["accuracy"] - run["methods"][name]["accuracy"]) < 0.05, name
+    for found, own in (
+        (published["methods"], run["methods"]),
+        (published["new_data"]["methods"], run["new_data"]["methods"]),
+    ):
+        assert found.keys() == own.keys()
+        for name, method in found.items():
+            assert abs(method["accuracy"] - own[name]["accuracy"]) < 0.015, name
