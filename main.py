@@ -915,7 +915,7 @@ def print_results(settings: Settings, runs: Sequence[Run]) -> None:
     print(f"""logit: one of the network's ten outputs; the largest says which digit it sees
 balanced LoRA: LoRA's change of the weights times a strength, {strength}
 one biased logit: the baseline with a bias, {bias}, added to its logit of {digit}
-  both chosen on validation, the largest that costs at most {cost} of accuracy
+  both chosen on validation: the most that costs up to {cost} of accuracy
 full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what
   it changed in each weight matrix, reduced to a column times a row
 false {digit}s: other digits called {digit}; trained: how many numbers; optimiser: its
@@ -1012,7 +1012,7 @@ def prepare_output(folder: Path) -> None:
                 place.open("ab").close()
     except OSError as error:
         reason = "not a folder" if isinstance(error, FileExistsError) else error.strerror
-        raise InputError(f"--output-dir {folder}: {place}: {reason}; give another") from error
+        raise InputError(f"--output-dir: {place}: {reason}; give another folder") from error
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -1026,7 +1026,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         for name in files:
             (folder / f"{name}.part").unlink(missing_ok=True)
-        raise InputError(f"--output-dir {folder}: {error.strerror}; give another") from error
+        raise InputError(f"--output-dir {folder}: {error.strerror}; give another folder") from error
 
 
 def run_experiment(settings: Settings) -> None:

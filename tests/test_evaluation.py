@@ -78,7 +78,7 @@ def models(out: int = 1200) -> tuple[nn.Module, nn.Module]:
 def fails(base: nn.Module, lora: nn.Module, **found: object) -> None:
     with pytest.raises(main.RunError) as error:
         main.check_lora(base, lora, 1, IMAGES)
-    line = "checks failed, which should have found nothing: "
+    line = "LoRA broke a promise; what differs, by name or number: "
     assert str(error.value) == f"{line}{PASSED | found}"
 
 

@@ -229,7 +229,7 @@ def test_each_number_in_the_sentences(
         r"bias, (\S+), added to its logit of (\d)": [
             (shown([run.logit_bias for run in runs], 2), str(digit))
         ],
-        r"at most (\S+) (?:%|points)": ["2.5"],
+        r"costs up to (\S+) points": ["2.5"],
         r"(\d) is the baseline's worst digit, or tied, in (\d+) of (\d+) seeds": [
             (str(digit), str(worst), str(n))
         ],
@@ -248,7 +248,7 @@ def test_each_number_in_the_sentences(
     told = " ".join(out.split())
     assert {pattern: re.findall(pattern, told) for pattern in facts} == facts
     for sentences in (main.compare_with_control(digit, runs), main.new_data_finding(runs)):
-        assert f"\n{sentences}.\n" in out
+        assert f"\n{sentences.rstrip('.')}" in out
 
 
 @every_length
@@ -478,11 +478,11 @@ def test_the_trade_off(runs: list[main.Run], digit: int) -> None:
         assert (line.get_marker(), line.get_linestyle()) == style
         if name == "lora":
             assert axes.get_ylim()[0] == pytest.approx(curve[-1][1] - 1)
-            noted = {text.get_text(): text.xy for text in axes.texts}
-            assert noted == {
-                "strength 0.5": pytest.approx(curve[2]),
-                "strength 1": pytest.approx(curve[4]),
-            }
+            noted = {"LoRA": curve[3], "strength 0.5": curve[2], "strength 1": curve[4]}
+        else:
+            noted["one biased logit"] = curve[8]
+    written = {text.get_text(): text.xy for text in axes.texts}
+    assert written == {words: pytest.approx(point) for words, point in noted.items()}
     labels = ["LoRA, at strengths 0.2 to 1", "one biased logit, the control"]
     chosen = ", as chosen on validation"
     markers = {
