@@ -934,7 +934,6 @@ false {digit}s: other digits called {digit}; trained: how many numbers; optimise
     share = text([100 * run.constant_share for run in runs])
     print(f"Why: {share} % of LoRA's change of the logits is the same for every image,")
     print(f"mostly {text([x.constant_logit for x in runs], 1, '+')} on the {digit}.")
-
     print(f"\nnew data: digits turned by {settings.angle:g} degrees{seeds_text(runs)}")
     rows: list[Sequence[str]] = [("", "turned, %", "upright, %", "trained", "optimiser", "to ship")]
     for key, name in NEW_NAMES.items():
@@ -1053,13 +1052,13 @@ def run_experiment(settings: Settings) -> None:
             first = artifacts
         runs.append(run)
         gc.collect()  # models with parametrizations are cycles, which would pile up
-    digit, image = settings.digit, data.test.only(settings.digit).images[0]
+    digit = settings.digit
     with timed("pictures: draw"):
         figures = (
             draw_examples(digit, runs, data.test, first),
             draw_errors(digit, runs),
             draw_trade_off(digit, runs),
-            draw_low_rank(digit, runs, image),
+            draw_low_rank(digit, runs, data.test.only(digit).images[0]),
             draw_new_data(settings.angle, runs, data.test, first),
         )
         contents = []
@@ -1074,7 +1073,8 @@ def run_experiment(settings: Settings) -> None:
     ]
     print_results(settings, runs)
     write_files(settings.output_dir, dict(zip(OUTPUTS, contents, strict=True)))
-    print("", textwrap.fill(f"files in {settings.output_dir}: {', '.join(OUTPUTS)}", 79), sep="\n")
+    names = ", ".join([*OUTPUTS[:-2], "adapter/"])
+    print("", textwrap.fill(f"files in {settings.output_dir}: {names}", 79), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
