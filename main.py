@@ -26,7 +26,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
@@ -233,8 +234,7 @@ def load_mnist(folder: Path, device: torch.device) -> Data:
         for name, md5 in MNIST.resources:
             archive = folder / "MNIST" / "raw" / name
             if not check_integrity(archive, md5):
-                four = ", ".join(name for name, _ in MNIST.resources)
-                raise InputError(f"{archive} is missing or damaged: --data-dir needs {four} there")
+                raise InputError(f"{archive} is missing or damaged: --data-dir needs it there")
             extract_archive(str(archive), raw)
         train, test = (split(MNIST(temporary, train=train)) for train in (True, False))
     images, labels = train.images.split([55_000, 5_000]), train.labels.split([55_000, 5_000])
@@ -311,38 +311,41 @@ RANKS = [1, 2, 4, 8]
 Energy = dict[int, dict[str, float]]  # by rank and layer: the share of its energy that is kept
 
 
-def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-r approximation B A of a matrix (m, n), by SVD (Eckart and Young 1936).
-
-    Returns B (m, r), which carries the singular values, A (r, n), and all the singular values.
-    """
+def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B (m, r) and A (r, n): B A is the nearest matrix of rank r (Eckart and Young 1936)."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U[:, :rank] * S[:rank], Vh[:rank], S
+    return U[:, :rank] * S[:rank], Vh[:rank]
 
 
-def energy_kept(singular_values: Tensor) -> list[float]:
-    """The share of the energy, the sum of their squares, that ranks 1, 2, ... keep, in [0, 1]."""
-    energy = singular_values.double().square().cumsum(0)
+def energy_kept(matrix: Tensor) -> list[float]:
+    """The share of the energy, the sum of squared singular values, that ranks 1, 2, ... keep."""
+    gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    squares = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)  # of the singular values
+    energy = squares.double().cumsum(0)
     return [float(share) for share in (energy / energy[-1]).nan_to_num(1.0)]  # 1: a zero matrix
 
 
-def low_rank_part(before: nn.Module, after: nn.Module, rank: int) -> tuple[nn.Module, Energy]:
-    """Approximate the update that full training made, from `before` to `after`, by low rank.
+def weight_updates(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """What training added to the weight (out, in) of each linear layer, by the layer's name."""
+    return {
+        name: (after.get_parameter(f"{name}.weight") - layer.weight).detach().cpu()
+        for name, layer in before.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
 
-    Returns a copy of `before` whose LoRA is the best rank-r approximation of each weight's update
-    (biases stay as before), and the shares of its energy that some ranks keep.
-    """
+
+def low_rank_part(before: nn.Module, updates: Mapping[str, Tensor], rank: int) -> nn.Module:
+    """A copy of `before` whose LoRA is the best rank-r approximation of each weight's update."""
     model = attach_lora(copy.deepcopy(before), rank, alpha=rank)  # scaling 1
-    energy: Energy = {r: {} for r in RANKS}
     for name, lora in lora_layers(model).items():
-        update = after.get_parameter(f"{name}.weight") - before.get_parameter(f"{name}.weight")
-        B, A, singular_values = factorize(update.detach().cpu(), rank)
-        lora.lora_B.data.copy_(B)
-        lora.lora_A.data.copy_(A)
-        kept = energy_kept(singular_values)
-        for r in RANKS:
-            energy[r][name] = kept[r - 1]
-    return model, energy
+        lora.lora_B.data[:], lora.lora_A.data[:] = factorize(updates[name], rank)
+    return model
+
+
+def update_energy(updates: Mapping[str, Tensor]) -> Energy:
+    """The shares of the energy of each update that some ranks keep."""
+    kept = {name: energy_kept(update) for name, update in updates.items()}
+    return {rank: {name: shares[rank - 1] for name, shares in kept.items()} for rank in RANKS}
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -356,7 +359,7 @@ BIASES = [i / 4 for i in range(33)]  # of the control: the number added to one l
 def evaluate(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (n, 10) of images (n, 784), 2,500 at once."""
     with parametrize.cached():  # W + B A once, not once per chunk
-        return torch.cat([model(chunk) for chunk in images.split(2500)])
+        return torch.cat([model(chunk) for chunk in progress(images.split(2500), "evaluate")])
 
 
 @dataclass(frozen=True)
@@ -381,10 +384,11 @@ def score(logits: Tensor, labels: Tensor, digit: int) -> Score:
     return Score(int((~wrong).sum()) / len(labels), errors, false_positives)
 
 
-def choose(dial: Mapping[float, Score], max_accuracy_drop: float) -> float:
-    """The furthest position of a dial that costs at most so many points of accuracy."""
-    lowest = dial[0.0].accuracy - max_accuracy_drop / 100 - 1e-9  # 1e-9: for rounding
-    return max(position for position, at in dial.items() if at.accuracy >= lowest)
+def choose(dial: Callable[[float], Score], positions: Sequence[float], most: float) -> float:
+    """By bisection, the furthest position of a dial that costs at most so many points."""
+    lowest = dial(0.0).accuracy - most / 100 - 1e-9  # 1e-9: for rounding
+    # Accuracy falls along a dial, so that few of its positions have to be tried.
+    return positions[bisect(positions, False, 1, key=lambda at: dial(at).accuracy < lowest) - 1]
 
 
 def check_lora(baseline: nn.Module, lora: nn.Module, rank: int, images: Tensor) -> dict[str, float]:
@@ -430,7 +434,7 @@ class Run:
     logit_bias: float
     constant_share: float  # how much of LoRA's change of the logits is the same for every image
     constant_logit: float  # what that adds to the target digit
-    validation: Scores
+    validation: dict[str, Score]
     trade_off: Scores  # on the test images
     energies: tuple[Energy, Energy]  # of full fine-tuning's update: on the digit, on new data
 
@@ -446,16 +450,17 @@ class Artifacts:
 
 
 def learn_new_data(
-    s: Settings, seed: int, baseline: nn.Module, data: Data
+    s: Settings, seed: int, baseline: nn.Module, data: Data, upright: Tensor
 ) -> tuple[dict[str, Method], Energy, dict[str, Tensor]]:
-    """Learn turned digits from 5,000 of them, in five ways.
+    """Learn turned digits from 5,000 of them, in four ways; `upright`: the baseline's test logits.
 
-    Returns these, what ranks keep of full fine-tuning's update, and the turned test images' logits.
-    Raises RunError if LoRA, switched off, is not exactly the baseline.
+    Returns the baseline and these, what ranks keep of full fine-tuning's update, and the logits of
+    the turned test images. Raises RunError if LoRA, switched off, is not exactly the baseline.
     """
     few = Split(data.train.images[:5000], data.train.labels[:5000])
-    images = [*(turn(split, s.angle) for split in (few, data.validation, data.test)), data.test]
+    images = [turn(split, s.angle) for split in (few, data.validation, data.test)]
     logits = [Split(evaluate(baseline, split.images), split.labels) for split in images]
+    images, logits = [*images, data.test], [*logits, Split(upright, data.test.labels)]
     biases = nn.Linear(10, 10).to(few.images)  # takes logits in place of images: identity + biases
     nn.init.eye_(biases.weight).requires_grad_(False)
     nn.init.zeros_(biases.bias)
@@ -471,18 +476,17 @@ def learn_new_data(
     ):
         learn, *others = splits
         state = train(model, learn, recipe, seed) if recipe else 0
-        trained = {key: x for key, x in model.named_parameters() if x.requires_grad}
+        trained = {key: x.detach() for key, x in model.named_parameters() if x.requires_grad}
         shipped = len(to_bytes(adapter_state(model) or trained)) if trained else 0
         strengths = zip(others, (1.0, 1.0, 0.0), strict=True)  # upright, LoRA is switched off
         found = [evaluate(set_strength(model, at), split.images) for split, at in strengths]
-        if lora_layers(model) and not torch.equal(found[2], logits[3].images):
+        if lora_layers(model) and not torch.equal(found[2], upright):
             raise RunError(f"check failed: {name}, switched off, is not exactly the baseline")
         scores = [score(x, split.labels, s.digit) for x, split in zip(found, others, strict=True)]
         extra = {"validation_accuracy": scores[0].accuracy, "accuracy_upright": scores[2].accuracy}
         methods[name] = Method(scores[1], count_trainable(model), state, shipped, extra)
         turned_logits[name] = found[1]
-    _, energy = low_rank_part(baseline, full, rank=8)
-    return methods, energy, turned_logits
+    return methods, update_energy(weight_updates(baseline, full)), turned_logits
 
 
 def run_seed(s: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]:
@@ -506,37 +510,46 @@ def run_seed(s: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]:
         full = copy.deepcopy(baseline)
         recipe = replace(recipe, name="full fine-tuning", lr=s.full_lr, lr_options="--full-lr")
         full_state = train(full, target, recipe, seed)
-        full_rank1, energy = low_rank_part(baseline, full, rank=1)
+        updates = weight_updates(baseline, full)
+        full_rank1 = low_rank_part(baseline, updates, rank=1)
 
-    def turn_dials(split: Split, strengths: list[float]) -> tuple[Dials, Scores]:
-        """Logits and scores at each position of three dials, which are the baseline at 0."""
-        x, logits = split.images, evaluate(baseline, split.images)
+    def dials_of(images: Tensor) -> dict[str, Callable[[float], Tensor]]:
+        """Logits (n, 10) of images at any position of three dials, which are the baseline at 0."""
+        logits = evaluate(baseline, images)
         one_hot = F.one_hot(torch.tensor(digit), 10).to(logits)
-        dials = {
-            "lora": {at: evaluate(set_strength(lora, at), x) for at in progress(strengths, "LoRA")},
-            "logit_bias": {at: logits + at * one_hot for at in BIASES},
-            "full": {0.0: logits, 1.0: evaluate(full, x)},
-        }
-        return dials, {
-            name: {at: score(logits, split.labels, digit) for at, logits in dial.items()}
-            for name, dial in dials.items()
+        return {  # check_lora sees to it that LoRA, too, is exactly the baseline at 0
+            "lora": lambda at: evaluate(set_strength(lora, at), images) if at else logits,
+            "logit_bias": lambda at: logits + at * one_hot,
+            "full": lambda at: evaluate(full, images) if at else logits,
         }
 
     with stage("validation images: choose strength and bias"):
-        _, validation = turn_dials(data.validation, CHOICES)
-        bias = choose(validation["logit_bias"], s.max_accuracy_drop)
-        chosen = choose(validation["lora"], s.max_accuracy_drop)
+        dials = dials_of(data.validation.images)
+
+        def validate(dial: str, position: float) -> Score:
+            return score(dials[dial](position), data.validation.labels, digit)
+
+        ends = {"baseline": ("full", 0.0), "lora": ("lora", 1.0), "full": ("full", 1.0)}
+        validation = {name: validate(*end) for name, end in ends.items()}
+        bias = choose(partial(validate, "logit_bias"), BIASES, s.max_accuracy_drop)
+        chosen = choose(partial(validate, "lora"), CHOICES, s.max_accuracy_drop)
         strength = chosen if s.strength is None else s.strength
 
     with stage("test images: report, and check LoRA"):
-        dials, test = turn_dials(data.test, sorted({*STRENGTHS, strength}))
+        logits: Dials = {}
+        test: Scores = {}
+        places = {"lora": sorted({*STRENGTHS, strength}), "logit_bias": BIASES, "full": [0.0, 1.0]}
+        for name, dial in dials_of(data.test.images).items():
+            logits[name] = {at: dial(at) for at in places[name]}
+            test[name] = {at: score(x, data.test.labels, digit) for at, x in logits[name].items()}
         rank1_score = score(evaluate(full_rank1, data.test.images), data.test.labels, digit)
-        checks = check_lora(baseline, lora, s.rank, data.validation.images)
+        checks = check_lora(baseline, lora, s.rank, data.validation.images[:1000])
 
     with stage(f"new data: learn digits turned by {s.angle:g} degrees"):
-        new_data, new_energy, turned = learn_new_data(s, seed, baseline, data)
+        upright = logits["full"][0.0]
+        new_data, new_energy, turned = learn_new_data(s, seed, baseline, data, upright)
 
-    change = dials["lora"][1.0] - dials["lora"][0.0]
+    change = logits["lora"][1.0] - logits["lora"][0.0]
     change = change - change.mean(1, keepdim=True)  # what all ten logits share predicts nothing
     constant = change.mean(0)  # the same for every image
     share = float((len(change) * constant.square().sum() / change.square().sum()).nan_to_num(0))
@@ -552,9 +565,10 @@ def run_seed(s: Settings, seed: int, data: Data) -> tuple[Run, Artifacts]:
         "full": Method(test["full"][1.0], parameters, full_state, model_size),
         "full_rank1": Method(rank1_score, parameters, full_state, rank1_size),
     }
+    energies = update_energy(updates), new_energy
     numbers = strength, bias, share, float(constant[digit])
-    run = Run(seed, methods, new_data, checks, *numbers, validation, test, (energy, new_energy))
-    return run, Artifacts(baseline, adapter, dials, turned)
+    run = Run(seed, methods, new_data, checks, *numbers, validation, test, energies)
+    return run, Artifacts(baseline, adapter, logits, turned)
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -613,17 +627,15 @@ def size(n: int) -> str:
 def results_table(digit: int, runs: Sequence[Run]) -> str:
     """Errors, accuracy and costs, a column per method, 79 characters wide."""
     headings = [textwrap.wrap(name, 10) for name, _ in NAMES.values()]
-    false = [[run.methods[name].test.false_positives for run in runs] for name in NAMES]
     costs = [runs[0].methods[name] for name in NAMES]
     rows = {
         "": [" ".join(words[:-1]) for words in headings],
         "errors on": [words[-1] for words in headings],
     }
     for d in range(10):
-        mark = "====>" * (d == digit)
-        rows[f"{mark} {d}"] = [text(errors_on(d, runs, name)) for name in NAMES]
+        rows[f"{'====>' * (d == digit)} {d}"] = [text(errors_on(d, runs, name)) for name in NAMES]
     rows |= {
-        f"false {digit}s": [text(counts) for counts in false],
+        f"false {digit}s": [text([r.methods[x].test.false_positives for r in runs]) for x in NAMES],
         "accuracy, %": [text(accuracies(runs, name), 2) for name in NAMES],
         "trained": [f"{method.trainable_parameters:,}" for method in costs],
         "optimiser": [size(method.optimizer_bytes) for method in costs],
@@ -634,7 +646,7 @@ def results_table(digit: int, runs: Sequence[Run]) -> str:
 
 
 def at_lora_errors(digit: int, run: Run, dial: str) -> float | None:
-    """The accuracy where a finished dial first has as few errors on the digit as LoRA."""
+    """A dial's accuracy at its first position with at most LoRA's errors on the digit."""
     most = run.methods["lora"].test.errors[digit]
     scores = run.trade_off[dial].values()
     return next((score.accuracy for score in scores if score.errors[digit] <= most), None)
@@ -645,12 +657,13 @@ def compare_with_control(digit: int, runs: Sequence[Run]) -> str:
     dials = [[at_lora_errors(digit, run, dial) for run in runs] for dial in ("lora", "logit_bias")]
     lora, control = ([100 * x for x in accuracy if x is not None] for accuracy in dials)
     if len(control) < len(runs):
-        return f"The control never has as few errors on {digit} as LoRA at strength 1"
+        seeds = f"In {len(runs) - len(control)} of {len(runs)} seeds one biased logit never has"
+        return f"{seeds}\nas few errors on {digit} as LoRA at strength 1"
     gap = round(fmean(control) - fmean(lora), 1)
     sign = (gap > 0) - (gap < 0)
     words = ("as many digits right as", "more digits right than", "fewer digits right than")[sign]
     times = sum((x > y) - (x < y) == sign for x, y in zip(control, lora, strict=True))
-    seeds = f" (in {times} of {len(runs)} seeds)" * (len(runs) > 1)
+    seeds = f" (in {times} of {len(runs)} seeds)" * (len(runs) > 1 and sign != 0)
     found = f"{words} LoRA: {text(control, 1)} % against {text(lora, 1)} %{seeds}"
     return f"With as few errors on {digit} as LoRA at strength 1, one biased logit keeps\n{found}"
 
@@ -659,7 +672,7 @@ def new_data_finding(runs: Sequence[Run]) -> str:
     """The finding on new data, in two sentences."""
     (rank8, _), (full, upright) = (new_accuracies(runs, name) for name in ("lora_rank8", "full"))
     learned = f"LoRA of rank 8 reads {text(rank8, 1)} %, full fine-tuning {text(full, 1)} %"
-    forgot = f"LoRA switched off is the old network; full fine-tuning reads {text(upright, 1)} %"
+    forgot = f"LoRA switched off is the baseline; full fine-tuning reads {text(upright, 1)} %"
     return f"Turned digits: {learned}.\nUpright: {forgot}"
 
 
@@ -671,10 +684,10 @@ def start_figure(height: float, title: str, edges: Sequence[float]) -> Figure:
     return figure
 
 
-def draw_bars(axes: Any, ticks: Sequence[str], groups: Mapping[str, Any], form: str) -> None:
-    """Bars side by side at each tick, with their numbers on them; a group is colour and values."""
+def draw_bars(axes: Any, ticks: Sequence[str], groups: Mapping[Any, Any], form: str) -> None:
+    """Bars side by side at each tick, numbers on them; `groups` has values by label and colour."""
     width = 0.84 / len(groups)
-    for i, (label, (color, columns)) in enumerate(groups.items()):
+    for i, ((label, color), columns) in enumerate(groups.items()):
         means, deviations = zip(*map(mean_deviation, columns), strict=True)
         xs = [tick + (i - (len(groups) - 1) / 2) * width for tick in range(len(ticks))]
         bars = axes.bar(xs, means, width, yerr=deviations, color=color, label=label, ec="black")
@@ -706,10 +719,7 @@ def draw_errors(digit: int, runs: Sequence[Run]) -> Figure:
     panels = figure.subplot_mosaic(rows, sharey=True, height_ratios=[1.4, 1, 1])
     for panel, axes in panels.items():
         names = [baseline, lora] if panel == lora else [panel]
-        bars = {}
-        for name in names:
-            label, color = NAMES[name]
-            bars[label] = color, [errors_on(d, runs, name) for d in range(10)]
+        bars = {NAMES[name]: [errors_on(d, runs, name) for d in range(10)] for name in names}
         draw_bars(axes, [str(d) for d in range(10)], bars, "%.0f")
         rights = [f"{NAMES[name][0]}: {text(accuracies(runs, name), 1)} % right" for name in names]
         axes.set_title(", ".join(rights), fontsize=10)
@@ -724,28 +734,25 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
     """Accuracy against errors on the digit: a curve per dial, and the chosen points."""
     figure = start_figure(6.5, compare_with_control(digit, runs), (0.07, 0.09, 0.98, 0.9))
     axes = figure.subplots()
+    notes = {0.5: "strength 0.5", 0.8: "LoRA", 1.0: "strength 1"}
     curves = {
-        "lora": ("s-", STRENGTHS, "LoRA, at strengths 0.2 to 1"),
-        "logit_bias": ("^--", BIASES, "one biased logit, the control"),
+        "lora": ("s-", STRENGTHS, "LoRA, at strengths 0.2 to 1", notes, (12, -13)),
+        "logit_bias": ("^--", BIASES, "one biased logit, the control", {2.0: "control"}, (-48, 6)),
     }
-    for name, (style, positions, label) in curves.items():
+    for name, (style, positions, label, words, shift) in curves.items():
         scores = [[run.trade_off[name][at] for run in runs] for at in positions]
         xs = [fmean(score.errors[digit] for score in seeds) for seeds in scores]
         ys = [100 * fmean(score.accuracy for score in seeds) for seeds in scores]
         axes.plot(xs, ys, style, color=NAMES[name][1], markevery=slice(1, None), label=label)
-        i, shift = (3, (10, -4)) if name == "lora" else (8, (-90, 8))
-        axes.annotate(NAMES[name][0], (xs[i], ys[i]), shift, textcoords="offset points")
-        if name == "lora":
-            axes.set_ylim(bottom=ys[-1] - 1)
-            for i in (2, 4):
-                label = f"strength {STRENGTHS[i]:g}"
-                axes.annotate(label, (xs[i], ys[i]), (8, -14), textcoords="offset points")
+        for i, at in enumerate(positions):
+            axes.annotate(words.get(at, ""), (xs[i], ys[i]), shift, textcoords="offset points")
     shown = {"baseline": "o", "lora": "s", "lora_balanced": "D", "logit_bias": "^", "full": "v"}
     for name, marker in shown.items():
         x, y = errors_on(digit, runs, name), accuracies(runs, name)
-        chosen = ", as chosen on validation" * (name in ("lora_balanced", "logit_bias"))
+        chosen = ", as chosen" * (name in ("lora_balanced", "logit_bias"))
         label = f"{NAMES[name][0]}{chosen}: errors {text(x)}, accuracy {text(y, 1)} %"
         axes.plot(fmean(x), fmean(y), marker, ms=11, label=label, mfc="none", mec="black", mew=1.5)
+    axes.set_ylim(bottom=min(fmean(accuracies(runs, name)) for name in shown) - 0.5)
     axes.set(xlim=(-0.5, None), xlabel=f"errors on {digit}, test images (fewer is better)")
     axes.set_ylabel("accuracy over all digits, % (more is better)")
     axes.grid(alpha=0.3)
@@ -755,25 +762,25 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
 
 def draw_low_rank(digit: int, runs: Sequence[Run], image: Tensor) -> Figure:
     """An image (784,) at several ranks; below, how few ranks hold what full fine-tuning did."""
-    title = f"An image of {digit} needs several ranks, and so does what full fine-tuning changes\n"
-    title += f"on new data; what it changes on {digit} alone is mostly of rank 1{seeds_text(runs)}"
+    layers = list(runs[0].energies[0][1])
+    kept = [[100 * fmean(run.energies[i][1][x] for run in runs) for x in layers] for i in (0, 1)]
+    title = f"An image of {digit} at four ranks. Rank 1 holds at least {min(kept[0]):.0f} %"
+    title += f" of each layer's change\non {digit} alone, and at most {max(kept[1]):.0f} %"
+    title += f" of it on new data{seeds_text(runs)}"
     figure = start_figure(6.6, title, (0.05, 0.06, 0.99, 0.8, 0.9, 0.4))
-    B, A, singular_values = factorize((image.cpu() * STD + MEAN).view(28, 28), rank=28)
-    kept, layers = energy_kept(singular_values), list(runs[0].energies[0][1])
+    shares = energy_kept(pixels := (image.cpu() * STD + MEAN).view(28, 28))
     tiles, bars = [r for r in RANKS for _ in range(3)], [x for x in layers for _ in range(4)]
     panels: dict[Any, Any] = figure.subplot_mosaic([tiles, bars])  # type: ignore[list-item]
     for rank in RANKS:
-        panels[rank].imshow((B[:, :rank] @ A[:rank]).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        title = f"rank {rank}: {56 * rank} numbers,\n{100 * kept[rank - 1]:.0f} % of the energy"
+        low = torch.mm(*factorize(pixels, rank)).numpy()
+        panels[rank].imshow(low, cmap="gray_r", vmin=0, vmax=1)
+        title = f"rank {rank}: {56 * rank} numbers,\n{100 * shares[rank - 1]:.0f} % of the energy"
         panels[rank].set(xticks=[], yticks=[], title=title)
-    tasks = (0, f"on {digit} alone", "#0072b2"), (1, "on new data", "#e69f00")
+    tasks = (f"on {digit} alone", "#0072b2"), ("on new data", "#e69f00")
     for layer in layers:
         groups = {
-            name: (
-                color,
-                [[100 * run.energies[task][rank][layer] for run in runs] for rank in RANKS],
-            )
-            for task, name, color in tasks
+            task: [[100 * run.energies[i][rank][layer] for run in runs] for rank in RANKS]
+            for i, task in enumerate(tasks)
         }
         draw_bars(panels[layer], [f"rank {rank}" for rank in RANKS], groups, "%.0f")
         panels[layer].set(ylim=(0, 125), yticks=[], title=f"{layer}: energy of the change, %")
@@ -788,10 +795,8 @@ def draw_examples(digit: int, runs: Sequence[Run], test: Split, first: Artifacts
     corrected = (labels == digit) & (baseline != digit) & (lora == digit)
     spoiled = (labels != digit) & (baseline == labels) & (lora == digit)
     gains, costs = int(corrected.sum()), int(spoiled.sum())
-    title = (
-        f"LoRA corrects {gains} images of {digit} and spoils {costs} others (seed {runs[0].seed})"
-    )
-    figure = start_figure(4, title, (0.01, 0.02, 0.99, 0.76, 0, 0.6))
+    title = f"Images of {digit} LoRA puts right: {gains}; right ones it now calls {digit}: {costs}"
+    figure = start_figure(4, f"{title} (seed {runs[0].seed})", (0.01, 0.02, 0.99, 0.76, 0, 0.6))
     texts = "now right; the baseline said:", f"were right, now called {digit}; they are:"
     rows = zip(figure.subplots(2), (corrected, spoiled), (baseline, labels), texts, strict=True)
     for axes, which, digits, sentence in rows:
@@ -812,7 +817,7 @@ def draw_new_data(angle: float, runs: Sequence[Run], test: Split, first: Artifac
     title = f"turned by {angle:g}°: what the baseline / LoRA of rank 8 say (seed {runs[0].seed})"
     draw_strip(panels["turned"], turn(some, angle).images, words, title)
     turned, upright = zip(*(new_accuracies(runs, name) for name in NEW_NAMES), strict=True)
-    groups = {"turned": ("#0072b2", turned), "upright (LoRA switched off)": ("#999999", upright)}
+    groups = {("turned", "#0072b2"): turned, ("upright (LoRA switched off)", "#999999"): upright}
     draw_bars(panels["bars"], list(NEW_NAMES.values()), groups, "%.1f")
     panels["bars"].set(ylabel="test images right, %", ylim=(0, 140), yticks=range(0, 101, 20))
     panels["bars"].legend(loc="upper left", ncols=2)
@@ -857,13 +862,12 @@ def metrics(settings: Settings, device: torch.device, runs: Sequence[Run]) -> di
         entry = asdict(run)
         for method in (*entry["methods"].values(), *entry["new_data"].values()):
             method |= method.pop("test") | method.pop("extra")
-        for dials in (entry["validation"], entry["trade_off"]):
-            for name, dial in dials.items():
-                position = "bias" if name == "logit_bias" else "strength"
-                dials[name] = [
-                    {position: at, "accuracy": x["accuracy"], "target_errors": x["errors"][digit]}
-                    for at, x in dial.items()
-                ]
+        for name, dial in entry["trade_off"].items():
+            position = "bias" if name == "logit_bias" else "strength"
+            entry["trade_off"][name] = [
+                {position: at, "accuracy": x["accuracy"], "target_errors": x["errors"][digit]}
+                for at, x in dial.items()
+            ]
         energies = entry.pop("energies")
         held = [{f"update_energy_rank{rank}": x for rank, x in e.items()} for e in energies]
         new_data = {"angle": settings.angle, "images": 5000, "methods": entry["new_data"]}
@@ -915,25 +919,23 @@ def print_results(settings: Settings, runs: Sequence[Run]) -> None:
     print(f"""logit: one of the network's ten outputs; the largest says which digit it sees
 balanced LoRA: LoRA's change of the weights times a strength, {strength}
 one biased logit: the baseline with a bias, {bias}, added to its logit of {digit}
-  both chosen on validation: the most that costs up to {cost} of accuracy
+  chosen on validation, if not given: the most for up to {cost} of accuracy
 full fine-tuning: all weights trained on LoRA's images; its rank-1 part: what
   it changed in each weight matrix, reduced to a column times a row
 false {digit}s: other digits called {digit}; trained: how many numbers; optimiser: its
   memory while training; to ship: the file that a new task costs
 """)
-    baselines = [run.methods["baseline"].test.errors for run in runs]
-    times = sum(errors[digit] == max(errors) for errors in baselines)
-    print(f"{digit} is the baseline's worst digit, or tied, in {times} of {len(runs)} seeds.")
+    worst = [max(x := run.methods["baseline"].test.errors) == x[digit] for run in runs]
+    print(f"{digit} is the baseline's worst digit, or tied, in {sum(worst)} of {len(runs)} seeds.")
     pairs = [(run.methods["logit_bias"].test, run.methods["lora_balanced"].test) for run in runs]
     points = text([100 * (control.accuracy - lora.accuracy) for control, lora in pairs], 2, "+")
     fewer = [control.errors[digit] - lora.errors[digit] for control, lora in pairs]
     seeds = several * f" (fewer in {sum(x < 0 for x in fewer)} of {len(runs)} seeds)"
     print(f"One biased logit minus balanced LoRA, as chosen: accuracy {points} points,")
-    print(f"errors on {digit} {text(fewer, 0, '+')}{seeds}.")
-    print(f"{compare_with_control(digit, runs)}.")
+    print(f"errors on {digit} {text(fewer, 0, '+')}{seeds}.\n{compare_with_control(digit, runs)}.")
     share = text([100 * run.constant_share for run in runs])
     print(f"Why: {share} % of LoRA's change of the logits is the same for every image,")
-    print(f"mostly {text([x.constant_logit for x in runs], 1, '+')} on the {digit}.")
+    print(f"{text([x.constant_logit for x in runs], 1, '+')} on the {digit} above their mean.")
     print(f"\nnew data: digits turned by {settings.angle:g} degrees{seeds_text(runs)}")
     rows: list[Sequence[str]] = [("", "turned, %", "upright, %", "trained", "optimiser", "to ship")]
     for key, name in NEW_NAMES.items():
@@ -954,9 +956,8 @@ OUTPUTS = [*PICTURES, "metrics.json", "baseline.pt", *ADAPTER]  # in the order o
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, printed by `main`."""
-
     def error(self, message: str) -> NoReturn:
+        """In place of argparse's lines on the usage: one line, which `main` prints."""
         raise InputError(f"{message} (--help lists the options)")
 
 
@@ -1052,13 +1053,12 @@ def run_experiment(settings: Settings) -> None:
             first = artifacts
         runs.append(run)
         gc.collect()  # models with parametrizations are cycles, which would pile up
-    digit = settings.digit
     with timed("pictures: draw"):
         figures = (
-            draw_examples(digit, runs, data.test, first),
-            draw_errors(digit, runs),
-            draw_trade_off(digit, runs),
-            draw_low_rank(digit, runs, data.test.only(digit).images[0]),
+            draw_examples(settings.digit, runs, data.test, first),
+            draw_errors(settings.digit, runs),
+            draw_trade_off(settings.digit, runs),
+            draw_low_rank(settings.digit, runs, data.test.only(settings.digit).images[0]),
             draw_new_data(settings.angle, runs, data.test, first),
         )
         contents = []

@@ -43,17 +43,23 @@ def test_score_against_a_count_by_hand() -> None:
         ((0.97, 0.98, 0.965, 0.959, 0.9), 1, 2),
         ((0.97, 0.96, 0.95), 1, 1),  # exactly the drop that is allowed
         ((0.97, 0.9599, 0.95), 1, 0),  # and one image of 10,000 more
-        ((0.97, 0.95, 0.965), 1, 2),  # the furthest, even behind a dip
         ((0.97, 0.9, 0.8), 100, 2),
         ((0.9602, 0.96), 0.02, 1),  # one image of 5,000 after rounding
-        ((0.97, 0.9698, 0.97, 0.9699), 0, 2),
+        ((0.97, 0.97, 0.97, 0.9699), 0, 2),
+        *(((1.0,) * (n + 1) + (0.9,) * (10 - n), 9, n) for n in range(11)),
     ],
 )
 def test_choose_takes_the_furthest_position_that_costs_no_more(
     accuracies: tuple[float, ...], drop: float, chosen: float
 ) -> None:
-    dial = {float(at): main.Score(acc, [0] * 10, 0) for at, acc in enumerate(accuracies)}
-    assert main.choose(dial, drop) == chosen
+    tried = []
+
+    def dial(at: float) -> main.Score:
+        tried.append(at)
+        return main.Score(accuracies[int(at)], [0] * 10, 0)
+
+    assert main.choose(dial, [float(at) for at in range(len(accuracies))], drop) == chosen
+    assert tried.count(0) == 1 and len(tried) <= 5  # with eleven positions, too
 
 
 IMAGES = torch.randn(3000, 600).index_fill_(1, torch.tensor([0]), 0)  # two parts: 2,500 and 500

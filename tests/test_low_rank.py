@@ -11,7 +11,7 @@ import main
 
 def test_a_matrix_of_rank_2_is_40_numbers_instead_of_100() -> None:
     W = torch.randn(10, 2) @ torch.randn(2, 10)
-    B, A, _ = main.factorize(W, rank=2)
+    B, A = main.factorize(W, rank=2)
     assert B.numel() + A.numel() == 40
     torch.testing.assert_close(B @ A, W, atol=1e-5, rtol=1e-5)
     # B carries the singular values, so that the rows of A are of length 1
@@ -22,19 +22,21 @@ def test_a_matrix_of_rank_2_is_40_numbers_instead_of_100() -> None:
 @pytest.mark.parametrize("rank", [1, 5, 7])
 def test_the_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], rank: int) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
-    B, A, singular_values = main.factorize(W, rank)
+    B, A = main.factorize(W, rank)
     assert (B.shape, A.shape) == ((shape[0], rank), (rank, shape[1]))
-    assert len(singular_values) == min(shape)
     tail = torch.linalg.svdvals(W)[rank:].square().sum()
     torch.testing.assert_close((W - B @ A).square().sum(), tail, atol=1e-4, rtol=1e-4)
     kept = 1 - tail / W.square().sum()
-    assert main.energy_kept(singular_values)[rank - 1] == pytest.approx(kept.item(), abs=1e-5)
+    shares = main.energy_kept(W)
+    assert len(shares) == min(shape)
+    assert shares[rank - 1] == pytest.approx(kept.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_low_rank_part_of_what_training_added(rank: int) -> None:
     before, after = (nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 9)) for _ in "ab")
-    model, energy = main.low_rank_part(before, after, rank)
+    updates = main.weight_updates(before, after)
+    model, energy = main.low_rank_part(before, updates, rank), main.update_energy(updates)
     assert list(main.lora_layers(model)) == ["0", "2"]
     assert list(energy) == [1, 2, 4, 8]
     for name in ("0", "2"):
@@ -51,5 +53,8 @@ def test_the_low_rank_part_of_what_training_added(rank: int) -> None:
 
 
 def test_energy_by_hand() -> None:
-    assert main.energy_kept(torch.tensor([2.0, 1.0, 0.0])) == pytest.approx([0.8, 1, 1])
-    assert main.energy_kept(torch.zeros(3)) == [1, 1, 1]
+    # as long as its two entries say, in directions of its own
+    matrix = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    for W in (matrix, matrix.T):
+        assert main.energy_kept(W) == pytest.approx([0.8, 1, 1])
+    assert main.energy_kept(torch.zeros(3, 5)) == [1, 1, 1]
