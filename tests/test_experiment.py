@@ -76,7 +76,7 @@ def data(mnist: main.Data) -> main.Data:
 class Found:
     folder: Path
     stdout: str
-    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # of the picture's function
+    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # by function
     figures: dict[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """The run of OPTIONS; it only looks at what the functions that draw are given, and return."""
+    """The run of OPTIONS; it looks at what the functions that draw and check are given."""
     result = Found(tmp_path_factory.mktemp("out"), "")
     there, out, handler = result.folder / "mnist", io.StringIO(), signal.getsignal(signal.SIGINT)
 
@@ -102,7 +102,7 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Found:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         asked_for = {(there, torch.device("cpu")): data}  # a KeyError if another folder is read
         patch.setattr(main, "load_mnist", lambda *asked: asked_for[asked])
-        for name in FIGURES:
+        for name in (*FIGURES, "check_lora"):
             patch.setattr(main, name, watched(name, getattr(main, name)))
         arguments = command_line(**OPTIONS, data_dir=there, output_dir=result.folder)
         assert main.main(arguments) == 0
@@ -418,6 +418,12 @@ def test_what_is_chosen_read_off_and_explained(
     assert entry["constant_logit"] == pytest.approx(expected.constant_logit, rel=1e-5)
 
 
+def test_lora_is_checked_on_all_these_validation_images(found: Found, data: main.Data) -> None:
+    _, _, rank, images = found.arguments["check_lora"]
+    assert rank == OPTIONS["rank"]
+    assert torch.equal(images, data.validation.images)  # 400, and the first 1,000 of MNIST's
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
 def test_energies(rank: int, entry: dict[str, Any], expected: SimpleNamespace) -> None:
     name = f"update_energy_rank{rank}"
@@ -537,3 +543,14 @@ def test_strength_0_is_the_baseline(data: main.Data) -> None:
     assert run.lora_strength == 0
     assert run.methods["lora_balanced"].test == run.methods["baseline"].test
     assert run.methods["lora"].test != run.methods["baseline"].test
+
+
+def test_lora_on_new_data_has_to_switch_off_to_the_bit(data: main.Data) -> None:
+    few = main.Data(*(main.Split(x.images[:50], x.labels[:50]) for x in vars(data).values()))
+    baseline = main.MNISTClassifier()
+    upright = main.evaluate(baseline, few.test.images).clone()
+    upright[-1, 4] = torch.nextafter(upright[-1, 4], torch.tensor(9.0))
+    with pytest.raises(main.RunError) as error:
+        main.learn_new_data(main.Settings(), 0, baseline, few, upright)
+    line = "check failed: lora_rank1, switched off, is not exactly the baseline"
+    assert str(error.value) == line

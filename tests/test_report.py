@@ -303,6 +303,11 @@ def at(errors_of_lora: int, accuracy: float = 0.92) -> main.Run:
         ([at(19)], 0.96, "more digits right than LoRA: 96.0 % against 92.0 %"),
         ([at(4, 0.94)], 0.94, "as many digits right as LoRA: 94.0 % against 94.0 %"),
         (
+            [at(4, 0.93), at(4, 0.95)],
+            0.94,
+            "as many digits right as LoRA: 94.0±0.0 % against 94.0±1.4 %",
+        ),
+        (
             [at(4, 0.93), at(10)],
             0.94,
             "more digits right than LoRA: 95.0±1.4 % against 92.5±0.7 % (in 2 of 2 seeds)",
@@ -323,10 +328,10 @@ def test_the_control_is_compared_at_loras_errors(
 
 
 def test_the_control_may_never_get_there() -> None:
-    runs = [at(4), at(-1)]
+    runs = [at(4), at(-1), at(4)]
     assert main.at_lora_errors(4, runs[1], "logit_bias") is None
     sentence = (
-        "In 1 of 2 seeds one biased logit never has\nas few errors on 4 as LoRA at strength 1"
+        "In 1 of 3 seeds one biased logit never has\nas few errors on 4 as LoRA at strength 1"
     )
     assert main.compare_with_control(4, runs) == sentence
 
