@@ -245,7 +245,7 @@ def turn(split: Split, angle: float) -> Split:
     """The images of a split, turned counter-clockwise by `angle` degrees on black."""
     images, black = split.images.view(-1, 1, 28, 28), -MEAN / STD
     chunks = [rotate(x - black, angle, InterpolationMode.BILINEAR) for x in images.split(2500)]
-    return Split(torch.cat(chunks).flatten(1) + black, split.labels)
+    return Split(torch.cat(chunks).flatten(1).add_(black), split.labels)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -357,9 +357,9 @@ BIASES = [i / 4 for i in range(33)]  # of the control: the number added to one l
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (n, 10) of images (n, 784), 2,500 at once."""
+    """Logits (n, 10) of images (n, 784), 625 at once: more take more memory and no less time."""
     with parametrize.cached():  # W + B A once, not once per chunk
-        return torch.cat([model(chunk) for chunk in progress(images.split(2500), "evaluate")])
+        return torch.cat([model(chunk) for chunk in progress(images.split(625), "evaluate")])
 
 
 @dataclass(frozen=True)

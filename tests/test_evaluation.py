@@ -24,7 +24,7 @@ def test_logits_of_more_images_than_are_evaluated_at_once() -> None:
         weight = base.weight + strength * 1.5 * lora.lora_B @ lora.lora_A
         torch.testing.assert_close(logits, images @ weight.T + base.bias, atol=1e-4, rtol=1e-4)
         assert not logits.requires_grad
-    assert len(calls) == 3  # not once for each 2,500 images
+    assert len(calls) == 3  # not once for each 625 images
     assert torch.equal(main.evaluate(main.set_strength(model, 0), images), base(images))
 
 
@@ -62,7 +62,7 @@ def test_choose_takes_the_furthest_position_that_costs_no_more(
     assert tried.count(0) == 1 and len(tried) <= 5  # with eleven positions, too
 
 
-IMAGES = torch.randn(3000, 600).index_fill_(1, torch.tensor([0]), 0)  # two parts: 2,500 and 500
+IMAGES = torch.randn(3000, 600).index_fill_(1, torch.tensor([0]), 0)  # parts of 625 and 500
 PASSED = {
     "frozen_weights_unchanged": [],
     "lora_off_equals_baseline": 0,
