@@ -191,7 +191,9 @@ def examples() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("command", list(examples()))
-def test_each_example_of_the_readme_sets_what_it_names(command: str) -> None:
+def test_each_example_of_the_readme_runs_and_sets_what_it_names(
+    command: str, mnist: main.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python, script, *options = shlex.split(command)
     assert (python, script) == ("python", "main.py")
     settings, defaults = main.parse(options), main.Settings()
@@ -200,6 +202,11 @@ def test_each_example_of_the_readme_sets_what_it_names(command: str) -> None:
         name.removeprefix("--").replace("-", "_"): float(value)
         for name, value in zip(options[::2], options[1::2], strict=True)
     }
+    few = main.Data(*(main.Split(x.images[:40], x.labels[:40]) for x in vars(mnist).values()))
+    monkeypatch.setattr(main, "load_mnist", lambda folder, device: few)
+    assert main.main([*options, "--output-dir", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "metrics.json").read_text())["config"]
+    assert config.items() >= changed.items()
 
 
 def test_the_published_run_of_the_same_seed_is_like_this_one(run: dict[str, Any]) -> None:
