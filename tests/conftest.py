@@ -96,14 +96,16 @@ def whole_run(mnist: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Who
     )
 
 
+def first(data: main.Data, train: int, validation: int, test: int) -> main.Data:
+    """The first images of each split, in memory of their own."""
+    sizes = zip((data.train, data.validation, data.test), (train, validation, test), strict=True)
+    return main.Data(*(main.Split(x.images[:n].clone(), x.labels[:n].clone()) for x, n in sizes))
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, mnist: main.Data) -> main.Data:
     """The command line reads a few hundred images of MNIST, so that a whole run takes a second."""
-
-    def first(split: main.Split, n: int) -> main.Split:
-        return main.Split(split.images[:n].clone(), split.labels[:n].clone())
-
-    data = main.Data(first(mnist.train, 600), first(mnist.validation, 150), first(mnist.test, 250))
+    data = first(mnist, 600, 150, 250)
     monkeypatch.setattr(main, "load_mnist", lambda folder, device: data)
     return data
 

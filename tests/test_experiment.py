@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import first
 from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, rotate
 
@@ -66,10 +67,7 @@ def command_line(**options: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(mnist: main.Data) -> main.Data:
-    def first(split: main.Split, n: int) -> main.Split:
-        return main.Split(split.images[:n].clone(), split.labels[:n].clone())
-
-    return main.Data(first(mnist.train, 600), first(mnist.validation, 400), first(mnist.test, 800))
+    return first(mnist, 600, 400, 800)
 
 
 @dataclass(frozen=True)
@@ -546,7 +544,7 @@ def test_strength_0_is_the_baseline(data: main.Data) -> None:
 
 
 def test_lora_on_new_data_has_to_switch_off_to_the_bit(data: main.Data) -> None:
-    few = main.Data(*(main.Split(x.images[:50], x.labels[:50]) for x in vars(data).values()))
+    few = first(data, 50, 50, 50)
     baseline = main.MNISTClassifier()
     upright = main.evaluate(baseline, few.test.images).clone()
     upright[-1, 4] = torch.nextafter(upright[-1, 4], torch.tensor(9.0))

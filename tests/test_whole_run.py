@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPT, WholeRun
+from conftest import SCRIPT, WholeRun, first
 from peft import PeftModel
 from test_experiment import learn, scored, turned
 
@@ -202,7 +202,7 @@ def test_each_example_of_the_readme_runs_and_sets_what_it_names(
         name.removeprefix("--").replace("-", "_"): float(value)
         for name, value in zip(options[::2], options[1::2], strict=True)
     }
-    few = main.Data(*(main.Split(x.images[:40], x.labels[:40]) for x in vars(mnist).values()))
+    few = first(mnist, 40, 40, 40)
     monkeypatch.setattr(main, "load_mnist", lambda folder, device: few)
     assert main.main([*options, "--output-dir", str(tmp_path)]) == 0
     config = json.loads((tmp_path / "metrics.json").read_text())["config"]
