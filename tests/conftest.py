@@ -69,34 +69,52 @@ def refused(
     return refuse
 
 
+Started = tuple[Path, subprocess.Popen[bytes], dict[str, tuple[int, int]]]
+
+
 @pytest.fixture(scope="session")
-def whole_run(mnist: main.Data, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """`python /path/to/main.py > log` in another folder, with no display."""
     folder = tmp_path_factory.mktemp("elsewhere")
     hidden = ("MPLBACKEND", "DISPLAY", "WAYLAND_DISPLAY")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     before = data_files()
-    with (folder / "log").open("w") as log:
-        done = subprocess.run(
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             cwd=folder,
             env=environment,
             stdout=log,
             stderr=subprocess.PIPE,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr.decode()
+        ) as process,
+    ):
+        yield folder, process, before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _start_the_whole_run_first(request: pytest.FixtureRequest) -> None:
+    """Where a test asks for it, it runs beside the others: together they use both cores."""
+    if any("whole_run" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("started")
+
+
+@pytest.fixture(scope="session")
+def whole_run(started: Started) -> WholeRun:
+    folder, process, before = started
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
     return WholeRun(
         folder=folder,
         stdout=(folder / "log").read_bytes().decode(),  # with its \r, if there is any
-        stderr=done.stderr.decode(),
+        stderr=errors.decode(),
         metrics=json.loads((folder / "outputs" / "metrics.json").read_text()),
         data_before=before,
         data_after=data_files(),
     )
 
 
-def first(data: main.Data, train: int, validation: int, test: int) -> main.Data:
+def first_images(data: main.Data, train: int, validation: int, test: int) -> main.Data:
     """The first images of each split, in memory of their own."""
     sizes = zip((data.train, data.validation, data.test), (train, validation, test), strict=True)
     return main.Data(*(main.Split(x.images[:n].clone(), x.labels[:n].clone()) for x, n in sizes))
@@ -105,7 +123,7 @@ def first(data: main.Data, train: int, validation: int, test: int) -> main.Data:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, mnist: main.Data) -> main.Data:
     """The command line reads a few hundred images of MNIST, so that a whole run takes a second."""
-    data = first(mnist, 600, 150, 250)
+    data = first_images(mnist, 600, 150, 250)
     monkeypatch.setattr(main, "load_mnist", lambda folder, device: data)
     return data
 

@@ -14,7 +14,7 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import first
+from conftest import first_images
 from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, rotate
 
@@ -67,7 +67,7 @@ def command_line(**options: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(mnist: main.Data) -> main.Data:
-    return first(mnist, 600, 400, 800)
+    return first_images(mnist, 600, 400, 800)
 
 
 @dataclass(frozen=True)
@@ -489,36 +489,37 @@ def test_what_is_printed_is_of_all_seeds(found: Found) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone_with_artifacts(data: main.Data) -> tuple[dict[str, Any], main.Artifacts]:
+def alone(data: main.Data) -> tuple[main.Run, main.Artifacts]:
     """The second seed by itself, with a strength that is chosen."""
     others = {name: x for name, x in OPTIONS.items() if name not in ("strength", "seeds")}
-    settings = main.parse(command_line(**others | {"seed": 8}))
-    run, artifacts = main.run_seed(settings, 8, data)
-    return asdict(run), artifacts
+    return main.run_seed(main.parse(command_line(**others | {"seed": 8})), 8, data)
 
 
-@pytest.fixture(scope="module")
-def alone(alone_with_artifacts: tuple[dict[str, Any], main.Artifacts]) -> dict[str, Any]:
-    return alone_with_artifacts[0]
-
-
-def test_two_seeds_are_two_runs_of_one(found: Found, alone: dict[str, Any]) -> None:
-    _, second = (asdict(run) for run in found.arguments["draw_errors"][1])
-    assert second["lora_strength"] == OPTIONS["strength"]
-    assert (
-        second["trade_off"]["lora"].pop(OPTIONS["strength"])
-        == (second["methods"].pop("lora_balanced")["test"])
-    )
-    rest = copy.deepcopy(alone)
-    rest["trade_off"]["lora"] = {at: rest["trade_off"]["lora"][at] for at in main.STRENGTHS}
-    del rest["methods"]["lora_balanced"]
-    assert second | {"lora_strength": alone["lora_strength"]} == rest
+def test_two_seeds_are_two_runs_of_one(
+    found: Found, alone: tuple[main.Run, main.Artifacts]
+) -> None:
+    first, second = found.metrics()["runs"]
+    single = main.metrics(main.Settings(**OPTIONS), torch.device("cpu"), [alone[0]])
+    (rest,) = json.loads(main.to_json(single))["runs"]
+    assert first["methods"] != second["methods"]
+    assert second.pop("lora_strength") == OPTIONS["strength"] != rest.pop("lora_strength")
+    balanced = second["methods"]["lora_balanced"]
+    assert {
+        "strength": OPTIONS["strength"],
+        "accuracy": balanced["accuracy"],
+        "target_errors": balanced["errors"][OPTIONS["digit"]],
+    } in second["trade_off"]["lora"]
+    for run in (second, rest):  # all that does not depend on the strength
+        del run["methods"]["lora_balanced"]
+        curve = run["trade_off"]["lora"]
+        run["trade_off"]["lora"] = [x for x in curve if x["strength"] in main.STRENGTHS]
+    assert second == rest
 
 
 def test_a_strength_that_is_not_given_is_chosen_on_validation(
-    alone_with_artifacts: tuple[dict[str, Any], main.Artifacts], data: main.Data
+    alone: tuple[main.Run, main.Artifacts], data: main.Data
 ) -> None:
-    alone, artifacts = alone_with_artifacts
+    run, artifacts = alone
     state, scaling = artifacts.baseline.state_dict(), OPTIONS["alpha"] / OPTIONS["rank"]
     lora = {f"{key.split('.')[2]}.{key[-8]}": x for key, x in artifacts.adapter.items()}
 
@@ -527,24 +528,13 @@ def test_a_strength_that_is_not_given_is_chosen_on_validation(
         scores = {at: scored(x, split.labels, OPTIONS["digit"]) for at, x in curve.items()}
         return furthest(scores, OPTIONS["max_accuracy_drop"])
 
-    strength = alone["lora_strength"]
-    assert strength == chosen(data.validation) != chosen(data.test)
-    assert 0 < strength < 1
-    assert alone["methods"]["lora_balanced"]["test"] == alone["trade_off"]["lora"][strength]
-
-
-def test_strength_0_is_the_baseline(data: main.Data) -> None:
-    splits = (main.Split(x.images[:50], x.labels[:50]) for x in (data.train, data.test, data.test))
-    options = {"strength": 0, "max_accuracy_drop": 100, "lora_batch_size": 5, "lora_lr": 0.1}
-    settings = main.parse(command_line(**options))  # the rule would choose 1
-    run, _ = main.run_seed(settings, 0, main.Data(*splits))
-    assert run.lora_strength == 0
-    assert run.methods["lora_balanced"].test == run.methods["baseline"].test
-    assert run.methods["lora"].test != run.methods["baseline"].test
+    assert run.lora_strength == chosen(data.validation) != chosen(data.test)
+    assert 0 < run.lora_strength < 1
+    assert run.methods["lora_balanced"].test == run.trade_off["lora"][run.lora_strength]
 
 
 def test_lora_on_new_data_has_to_switch_off_to_the_bit(data: main.Data) -> None:
-    few = first(data, 50, 50, 50)
+    few = first_images(data, 50, 50, 50)
     baseline = main.MNISTClassifier()
     upright = main.evaluate(baseline, few.test.images).clone()
     upright[-1, 4] = torch.nextafter(upright[-1, 4], torch.tensor(9.0))
