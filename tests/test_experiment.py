@@ -76,6 +76,7 @@ class Found:
     stdout: str
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # by function
     figures: dict[str, Any] = field(default_factory=dict)
+    checks: list[tuple[Any, ...]] = field(default_factory=list)  # arguments of each check_lora
 
     def metrics(self) -> dict[str, Any]:
         return json.loads((self.folder / "metrics.json").read_text())
@@ -93,7 +94,10 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Found:
     def watched(name: str, draw: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             result.arguments[name] = arguments
-            return result.figures.setdefault(name, draw(*arguments))
+            if name == "check_lora":
+                result.checks.append(arguments)
+            result.figures[name] = draw(*arguments)
+            return result.figures[name]
 
         return call
 
@@ -105,7 +109,7 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Found:
         arguments = command_line(**OPTIONS, data_dir=there, output_dir=result.folder)
         assert main.main(arguments) == 0
     signal.signal(signal.SIGINT, handler)
-    return Found(result.folder, out.getvalue(), result.arguments, result.figures)
+    return Found(result.folder, out.getvalue(), result.arguments, result.figures, result.checks)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +265,7 @@ def reference(data: main.Data, **options: Any) -> SimpleNamespace:
         }
 
     _, validation = dials(data.validation, [i / 10 for i in range(11)])
-    logits, test = dials(data.test, sorted({0.0, 0.2, 0.5, 0.8, 1.0, o.strength}))
+    logits, test = dials(data.test, sorted({0.0, 0.2, 0.5, 0.8, 0.9, 1.0, o.strength}))
     bias = furthest(validation["logit_bias"], o.max_accuracy_drop)
     last = scored(logits_of(state, data.test.images, rank1, 1.0), data.test.labels, digit)
     all_of_it = costs(2_807_010, 6, state)
@@ -292,7 +296,8 @@ def reference(data: main.Data, **options: Any) -> SimpleNamespace:
         turned(split, o.angle) for split in (data.train, data.validation, data.test)
     )
     few_logits = main.Split(logits_of(state, few.images), few.labels)
-    new_methods, turned_logits = {}, {}
+    new_methods: dict[str, dict[str, Any]] = {}
+    turned_logits = {}
     for name, (values, forward, lr) in forwards.items():
         if name == "biases":
             learn(
@@ -314,8 +319,10 @@ def reference(data: main.Data, **options: Any) -> SimpleNamespace:
             "validation_accuracy": scored(
                 forward(validation_turned.images), data.validation.labels, digit
             )["accuracy"],
-            "accuracy_upright": scored(off(data.test.images), data.test.labels, digit)["accuracy"],
         }
+        for key, way in (("accuracy_upright", off), ("accuracy_upright_on", forward)):
+            upright = scored(way(data.test.images), data.test.labels, digit)
+            new_methods[name][key] = upright["accuracy"]
 
     change = logits["lora"][1.0] - logits["lora"][0.0]
     change = (change - change.mean(1, keepdim=True)).double()
@@ -416,10 +423,12 @@ def test_what_is_chosen_read_off_and_explained(
     assert entry["constant_logit"] == pytest.approx(expected.constant_logit, rel=1e-5)
 
 
-def test_lora_is_checked_on_all_these_validation_images(found: Found, data: main.Data) -> None:
-    _, _, rank, images = found.arguments["check_lora"]
-    assert rank == OPTIONS["rank"]
-    assert torch.equal(images, data.validation.images)  # 400, and the first 1,000 of MNIST's
+def test_each_lora_is_checked_on_validation_images(found: Found, data: main.Data) -> None:
+    ranks = [rank for _, _, rank, _ in found.checks]
+    assert ranks == [OPTIONS["rank"], 1, 8] * OPTIONS["seeds"]
+    assert len({id(lora) for _, lora, _, _ in found.checks}) == len(ranks)
+    for (_, _, _, images), n in zip(found.checks, [400, 100, 100] * OPTIONS["seeds"], strict=True):
+        assert torch.equal(images, data.validation.images[:n])  # 400: 1,000 of MNIST's
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
@@ -533,12 +542,15 @@ def test_a_strength_that_is_not_given_is_chosen_on_validation(
     assert run.methods["lora_balanced"].test == run.trade_off["lora"][run.lora_strength]
 
 
-def test_lora_on_new_data_has_to_switch_off_to_the_bit(data: main.Data) -> None:
-    few = first_images(data, 50, 50, 50)
-    baseline = main.MNISTClassifier()
-    upright = main.evaluate(baseline, few.test.images).clone()
-    upright[-1, 4] = torch.nextafter(upright[-1, 4], torch.tensor(9.0))
-    with pytest.raises(main.RunError) as error:
+def test_lora_on_new_data_has_to_switch_off_to_the_bit(
+    data: main.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, baseline = first_images(data, 50, 50, 50), main.MNISTClassifier()
+    upright, forward = main.evaluate(baseline, few.test.images), main.LoRAParametrization.forward
+
+    def nudged(lora: main.LoRAParametrization, weight: Tensor) -> Tensor:
+        return forward(lora, weight) if lora.strength else torch.nextafter(weight, weight + 1)
+
+    monkeypatch.setattr(main.LoRAParametrization, "forward", nudged)
+    with pytest.raises(main.RunError, match="'lora_off_equals_baseline': [1-9]"):
         main.learn_new_data(main.Settings(), 0, baseline, few, upright)
-    line = "check failed: lora_rank1, switched off, is not exactly the baseline"
-    assert str(error.value) == line

@@ -60,6 +60,7 @@ def test_new_data_is_learned_and_old_data_kept(run: dict[str, Any]) -> None:
     new = run["new_data"]["methods"]
     right = {name: method["accuracy"] for name, method in new.items()}
     upright = {name: method["accuracy_upright"] for name, method in new.items()}
+    as_trained = {name: method["accuracy_upright_on"] for name, method in new.items()}
     assert right["baseline"] <= 0.52
     assert right["baseline"] < right["biases"] <= 0.53
     assert right["biases"] + 0.2 < right["lora_rank1"] < right["lora_rank8"] < right["full"]
@@ -67,6 +68,11 @@ def test_new_data_is_learned_and_old_data_kept(run: dict[str, Any]) -> None:
     assert upright["full"] <= 0.75
     off = {upright[name] for name in ("baseline", "lora_rank1", "lora_rank8")}
     assert off == {run["methods"]["baseline"]["accuracy"]}
+    assert upright["full"] == as_trained["full"] < as_trained["lora_rank8"] < 0.8
+    assert (upright["baseline"], upright["biases"]) == (
+        as_trained["baseline"],
+        as_trained["biases"],
+    )
     assert run["new_data"]["update_energy_rank1"]["linear2"] < 0.5  # new data takes several ranks
 
 
