@@ -453,8 +453,8 @@ def learn_new_data(
 ) -> tuple[dict[str, Method], Energy, dict[str, Tensor]]:
     """Learn turned digits from 5,000 of them, in four ways; `upright`: the baseline's test logits.
 
-    Returns the methods, the energies of full fine-tuning's update, and the logits of
-    the turned test images. Raises RunError if training diverges or LoRA breaks a promise.
+    Returns the methods, the energies of full fine-tuning's update, and the logits of the turned
+    test images. Raises RunError if training diverges or LoRA breaks a promise.
     """
     few = Split(data.train.images[:5000], data.train.labels[:5000])
     images = [turn(split, s.angle) for split in (few, data.validation, data.test)]
@@ -744,8 +744,9 @@ def draw_trade_off(digit: int, runs: Sequence[Run]) -> Figure:
         xs = [fmean(score.errors[digit] for score in seeds) for seeds in scores]
         ys = [100 * fmean(score.accuracy for score in seeds) for seeds in scores]
         axes.plot(xs, ys, style, color=NAMES[name][1], markevery=slice(1, None), label=label)
-        for i, at in enumerate(positions):
-            axes.annotate(words.get(at, ""), (xs[i], ys[i]), shift, textcoords="offset points")
+        for at, word in words.items():
+            i = positions.index(at)
+            axes.annotate(word, (xs[i], ys[i]), shift, textcoords="offset points")
     shown = {"baseline": "o", "lora": "s", "lora_balanced": "D", "logit_bias": "^", "full": "v"}
     for name, marker in shown.items():
         x, y = errors_on(digit, runs, name), accuracies(runs, name)
@@ -940,9 +941,8 @@ false {digit}s: other digits called {digit}; trained: how many numbers; optimise
     rows: list[Any] = [("", "turned, %", "upright, %", "LoRA off, %", "trained", "to ship")]
     for key, name in NEW_NAMES.items():
         turned, upright, off = (text(values, 1) for values in new_accuracies(runs, key))
-        costs, off = runs[0].new_data[key], off * (key in LORAS)
-        trained, shipped = f"{costs.trainable_parameters:,}", size(costs.file_bytes)
-        rows.append((name, turned, upright, off, trained, shipped))
+        cells, costs = (turned, upright, off if key in LORAS else ""), runs[0].new_data[key]
+        rows.append((name, *cells, f"{costs.trainable_parameters:,}", size(costs.file_bytes)))
     print(*(f"{name:19}" + "".join(f"{x:>12}" for x in row) for name, *row in rows), sep="\n")
     print(new_data_finding(runs))
 

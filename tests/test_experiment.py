@@ -74,9 +74,8 @@ def data(mnist: main.Data) -> main.Data:
 class Found:
     folder: Path
     stdout: str
-    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # by function
-    figures: dict[str, Any] = field(default_factory=dict)
-    checks: list[tuple[Any, ...]] = field(default_factory=list)  # arguments of each check_lora
+    arguments: dict[str, list[Any]] = field(default_factory=dict)  # of each call, by function
+    returned: dict[str, Any] = field(default_factory=dict)  # by the last call, by function
 
     def metrics(self) -> dict[str, Any]:
         return json.loads((self.folder / "metrics.json").read_text())
@@ -91,13 +90,11 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Found:
     result = Found(tmp_path_factory.mktemp("out"), "")
     there, out, handler = result.folder / "mnist", io.StringIO(), signal.getsignal(signal.SIGINT)
 
-    def watched(name: str, draw: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            result.arguments[name] = arguments
-            if name == "check_lora":
-                result.checks.append(arguments)
-            result.figures[name] = draw(*arguments)
-            return result.figures[name]
+            result.arguments.setdefault(name, []).append(arguments)
+            result.returned[name] = function(*arguments)
+            return result.returned[name]
 
         return call
 
@@ -109,7 +106,7 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> Found:
         arguments = command_line(**OPTIONS, data_dir=there, output_dir=result.folder)
         assert main.main(arguments) == 0
     signal.signal(signal.SIGINT, handler)
-    return Found(result.folder, out.getvalue(), result.arguments, result.figures, result.checks)
+    return Found(result.folder, out.getvalue(), result.arguments, result.returned)
 
 
 @pytest.fixture(scope="module")
@@ -424,10 +421,10 @@ def test_what_is_chosen_read_off_and_explained(
 
 
 def test_each_lora_is_checked_on_validation_images(found: Found, data: main.Data) -> None:
-    ranks = [rank for _, _, rank, _ in found.checks]
-    assert ranks == [OPTIONS["rank"], 1, 8] * OPTIONS["seeds"]
-    assert len({id(lora) for _, lora, _, _ in found.checks}) == len(ranks)
-    for (_, _, _, images), n in zip(found.checks, [400, 100, 100] * OPTIONS["seeds"], strict=True):
+    _, loras, ranks, looked_at = zip(*found.arguments["check_lora"], strict=True)
+    assert ranks == (OPTIONS["rank"], 1, 8) * OPTIONS["seeds"]
+    assert len(set(map(id, loras))) == len(ranks)
+    for images, n in zip(looked_at, (400, 100, 100) * OPTIONS["seeds"], strict=True):
         assert torch.equal(images, data.validation.images[:n])  # 400: 1,000 of MNIST's
 
 
@@ -459,10 +456,12 @@ def test_the_saved_weights_are_those_of_the_first_seed(
 def test_each_picture_is_drawn_of_what_was_found(
     found: Found, data: main.Data, expected: SimpleNamespace
 ) -> None:
-    digit, (_, runs, test, first) = OPTIONS["digit"], found.arguments["draw_examples"]
+    drawn = {}
+    for name in FIGURES:
+        (drawn[name],) = found.arguments[name]
+    digit, (_, runs, test, first) = OPTIONS["digit"], drawn["draw_examples"]
     assert [run.seed for run in runs] == [7, 8] and test is data.test
     image = data.test.images[data.test.labels.tolist().index(digit)]
-    drawn = {name: found.arguments[name] for name in FIGURES}
     assert drawn["draw_examples"] == (digit, runs, test, first)
     assert drawn["draw_errors"] == drawn["draw_trade_off"] == (digit, runs)
     assert drawn["draw_low_rank"][:2] == (digit, runs)
@@ -483,14 +482,14 @@ def test_each_picture_is_in_the_file_of_its_name(found: Found) -> None:
     ):
         png = (found.folder / f"{name}.png").read_bytes()
         sizes[name] = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
-        assert sizes[name] == tuple(int(120 * x) for x in found.figures[draw].get_size_inches())
+        assert sizes[name] == tuple(int(120 * x) for x in found.returned[draw].get_size_inches())
     assert len(set(sizes.values())) == 5
 
 
 def test_what_is_printed_is_of_all_seeds(found: Found) -> None:
     settings = main.Settings(**OPTIONS)
     with redirect_stdout(io.StringIO()) as out:
-        main.print_results(settings, found.arguments["draw_errors"][1])
+        main.print_results(settings, found.arguments["draw_errors"][0][1])
     assert out.getvalue() in found.stdout
 
 

@@ -498,7 +498,7 @@ def test_the_trade_off(runs: list[main.Run], digit: int) -> None:
             noted = {"LoRA": curve[3], "strength 0.5": curve[2], "strength 1": curve[5]}
         else:
             noted["control"] = curve[8]
-    written = {text.get_text(): text.xy for text in axes.texts if text.get_text()}
+    written = {text.get_text(): text.xy for text in axes.texts}
     assert written == {words: pytest.approx(point) for words, point in noted.items()}
     labels = ["LoRA, at strengths 0.2 to 1", "one biased logit, the control"]
     chosen = ", as chosen"
