@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,15 @@ class WholeRun:
     data_before: dict[str, tuple[int, int]]  # of each file of data/: size and time of change
     data_after: dict[str, tuple[int, int]]
 
+    def row(self, name: str) -> dict[str, Any]:
+        return named(self.metrics["rows"], name)
+
+
+def named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The only row of a name, "task/method"."""
+    (row,) = [row for row in rows if f"{row['task']}/{row['method']}" == name]
+    return row
+
 
 def data_files() -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in RAW.iterdir()}
@@ -43,30 +51,6 @@ def data_files() -> dict[str, tuple[int, int]]:
 def mnist() -> main.Data:
     main.make_repeatable()
     return main.load_mnist(main.Settings().data_dir, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _keep_ctrl_c() -> Iterator[None]:
-    """After writing its files, main() leaves SIGINT ignored."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """The one line with which the command line refuses some arguments, before any training."""
-
-    def refuse(*arguments: object) -> str:
-        assert main.main([str(argument) for argument in arguments]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("main.py: ")
-        return line.removeprefix("main.py: ")
-
-    monkeypatch.setattr(main, "train", lambda *_: pytest.fail("not refused before training"))
-    return refuse
 
 
 Started = tuple[Path, subprocess.Popen[bytes], dict[str, tuple[int, int]]]
@@ -122,10 +106,7 @@ def first_images(data: main.Data, train: int, validation: int, test: int) -> mai
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, mnist: main.Data) -> main.Data:
-    """The command line reads a few hundred images of MNIST, so that a whole run takes a second."""
-    data = first_images(mnist, 600, 150, 250)
+    """The command line reads a few hundred images of MNIST, so that a whole run takes seconds."""
+    data = first_images(mnist, 600, 150, 240)
     monkeypatch.setattr(main, "load_mnist", lambda folder, device: data)
     return data
-
-
-SMALL = ["--batch-size", "100", "--lora-batch-size", "20"]

@@ -1,38 +1,39 @@
-"""Chapter "Command line": options, bad input, interruption, writing, and the same bytes twice."""
+"""Options, bad input, interruption, writing, and the same bytes twice."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPT, SMALL
+from conftest import SCRIPT
 
 import main
 
-LIMITS = {
+NUMBERS = {
     "digit": (0, 9),
-    "rank": (1, 10),
-    "seed": (0, 2**63 - 1),
-    "batch_size": (1, 55_000),
-    "lora_batch_size": (1, 55_000),
-    **dict.fromkeys(["seeds", "epochs", "lora_epochs"], (1, 10**6)),
-    "strength": (0, 1),
-    "max_accuracy_drop": (0, 100),
+    "rank": (1, 784),
+    "alpha": (0.001, 1000),
+    "seed": (0, 2**62),
+    "seeds": (1, 1000),
+    "epochs": (1, 1000),
+    "lr": (1e-6, 10),
+    "lora_epochs": (1, 1000),
+    "lora_lr": (1e-6, 10),
     "angle": (0, 360),
 }
-EMPTY = "'' is not allowed: give a name (--help lists the options)"
-NUMBERS = [x for x in fields(main.Settings) if x.type in (int, float, float | None)]
 
 
 @pytest.fixture
@@ -48,140 +49,113 @@ def saved(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
-def test_a_number_is_accepted_from_its_least_to_its_largest(
-    field: Field, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(main, "IMAGES", [55_000] * 10)
-    option, whole = f"--{field.name.replace('_', '-')}", field.type is int
-    least, largest = LIMITS.get(field.name, (1e-20, 1e20))  # alpha and the learning rates
-    for value in (least, largest):
-        assert getattr(main.parse([option, str(value)]), field.name) == value
-    outside = [least - max(least * 1e-9, 1e-30), largest * (1 + 1e-9)]
-    outside = [least - 1, largest + 1, 1.5] if whole else outside
-    for value in map(str, [*outside, "nan", "inf", "-inf", "x", "", "1" + 400 * "0"]):
-        with pytest.raises(main.InputError) as error:
-            main.parse([f"{option}={value}"])
-        allowed = f"a {'whole ' * whole}number from {least} to {largest} (--help lists the options)"
-        assert str(error.value) == f"argument {option}: {value!r} is not allowed: give {allowed}"
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The error line with which argparse refuses some arguments."""
+    with pytest.raises(SystemExit) as exit:
+        main.main(list(arguments))
+    assert exit.value.code == 2
+    usage, line = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: ") and len(usage) < 80
+    return line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["--nines"], "unrecognized arguments: --nines (--help lists the options)"),
-        (["--lora", "1"], "unrecognized arguments: --lora 1 (--help lists the options)"),
-        (["--lr"], "argument --lr: expected one argument (--help lists the options)"),
-        (["--device", "tpu"], "--device tpu: there is none here, give auto or cpu"),
-        (["--device", "CPU"], "--device CPU: there is none here, give auto or cpu"),
-        (["--device", "cuda"], "--device cuda: there is none here, give auto or cpu"),
-        (["--device", ""], f"argument --device: {EMPTY}"),
-        (["--data-dir", ""], f"argument --data-dir: {EMPTY}"),
-        (["--output-dir", ""], f"argument --output-dir: {EMPTY}"),
-    ],
-)
-def test_other_mistakes(
-    arguments: list[str], line: str, tmp_path: Path, refused: Callable[..., str], monkeypatch
+def test_each_number_is_accepted_between_its_limits_and_no_further(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("this machine has it")
-    monkeypatch.chdir(tmp_path)
-    assert refused(*arguments) == line
+    numbers = {x.name: x.type for x in fields(main.Settings) if x.type in (int, float)}
+    assert numbers.keys() == NUMBERS.keys()
+    for name, (least, most) in NUMBERS.items():
+        option = f"--{name.replace('_', '-')}"
+        for value in (least, most):
+            assert getattr(main.parse([f"{option}={value}"]), name) == value
+        step = 1 if numbers[name] is int else 1e-9
+        for value in (least - step, most + max(step, most * 1e-9), "x", "", "nan", "1" + 400 * "0"):
+            line = refused(capsys, f"{option}={value}")
+            assert f"argument {option}: " in line
+            if value not in ("x", "") and numbers[name] is float:
+                assert f"give {least} to {most}" in line
+
+
+def test_other_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert refused(capsys, "--nines").endswith("unrecognized arguments: --nines")
+    assert refused(capsys, "--lora", "1").endswith("unrecognized arguments: --lora 1")
+    for device in ("tpu", "CPU", "mps", ""):
+        arguments = ["--device", device, "--output-dir", str(tmp_path / "out")]
+        assert main.main(arguments) == 2
+        line = f"main.py: --device {device}: there is none here; give auto or cpu\n"
+        assert capsys.readouterr().err == line
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("digit", range(10))
-def test_a_batch_may_hold_all_images_and_no_more(
-    digit: int, tmp_path: Path, refused: Callable[..., str]
+def test_at_most_16_options_each_with_its_default_in_the_help(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    most = main.IMAGES[digit]  # which test_data.py compares with the data
-    assert main.parse(["--digit", f"{digit}", "--lora-batch-size", f"{most}"]).digit == digit
-    more = ["--digit", digit, "--lora-batch-size", most + 1, "--output-dir", tmp_path / "out"]
-    line = f"--lora-batch-size {most + 1}: give at most {most}, all the images of {digit}"
-    assert refused(*more) == line
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as exit:
+        main.main(["--help"])
+    assert exit.value.code == 0
+    help = " ".join(capsys.readouterr().out.split())
+    assert len(fields(main.Settings)) <= 16
+    for setting in fields(main.Settings):
+        text = f"{setting.metadata['help']} (default: {setting.default})"
+        assert f"--{setting.name.replace('_', '-')} " in help and text in help
+    assert main.parse([]) == main.Settings()
+    assert main.parse(["--main-job-only"]).main_job_only
 
 
+def test_numbers_that_the_help_and_the_docstrings_name(mnist: main.Data) -> None:
+    assert len(mnist.train.labels) == 55_000  # as --epochs says
+    assert main.count_trainable(main.MNISTClassifier()) == 2_807_010
+    assert "2,807,010" in main.MNISTClassifier.__doc__
+    assert "55,000" in {x.name: x for x in fields(main.Settings)}["epochs"].metadata["help"]
+
+
+def test_auto_prefers_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, device in ((torch.device("meta"), "meta"), (None, "cpu")):
+        monkeypatch.setattr(
+            torch.accelerator, "current_accelerator", lambda check_available, there=there: there
+        )
+        assert main.pick_device("auto").type == device
+    assert main.pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "link", "taken"])
 def test_output_folders_that_cannot_be_written(
-    tmp_path: Path, small: main.Data, refused: Callable[..., str]
+    place: str, tmp_path: Path, small: main.Data, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "adapter").write_text("old")
-    (tmp_path / "folder" / "metrics.json").mkdir(parents=True)
-    for folder, cause, reason in (
-        ("file", "file", "not a folder"),
-        ("file/below", "file/below", "Not a directory"),
-        ("link", "link", "not a folder"),
-        ("taken", "taken/adapter", "not a folder"),
-        ("folder", "folder/metrics.json", "Is a directory"),
-    ):
-        line = f"--output-dir: {tmp_path / cause}: {reason}; "
-        assert refused("--output-dir", tmp_path / folder) == f"{line}give another folder"
+    monkeypatch.setattr(main, "train", lambda *_: pytest.fail("not refused before training"))
+    assert main.main(["--output-dir", str(tmp_path / place)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"main.py: --output-dir {tmp_path / place}: ")
+    assert line.endswith("; give another folder\n")
     assert saved(tmp_path) == {"file": b"old", "taken/adapter": b"old"}
 
 
-@pytest.mark.parametrize("protected", ["", "adapter", "metrics.json"])
-def test_a_folder_or_file_that_is_protected(protected: str, refused: Callable[..., str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folder is closed to others
-        (Path(folder) / "adapter").mkdir()
-        (Path(folder) / "metrics.json").write_text("old")
-        for name in ("", "adapter", "metrics.json"):
-            (Path(folder) / name).chmod(0o555 if name == protected else 0o777)
-        user = os.geteuid()
-        try:
-            if user == 0:  # whom no permission stops
-                os.seteuid(65534)
-            line = refused("--output-dir", folder)
-        finally:
-            os.seteuid(user)
-    cause = Path(folder) / protected
-    reason = "Permission denied; give another folder"
-    assert line == f"--output-dir: {cause}: {reason}"
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "stage", "options"),
-    [
-        ("--lr", "1e20", "baseline", "--lr"),
-        ("--lora-lr", "1e20", "LoRA", "--lora-lr or --alpha"),
-        ("--alpha", "1e20", "LoRA", "--lora-lr or --alpha"),
-        ("--full-lr", "1e20", "full fine-tuning", "--full-lr"),
-    ],
-)
 def test_divergence_ends_with_status_1_and_what_to_lower(
-    option: str, value: str, stage: str, options: str, small: main.Data, output: Path, capsys
+    small: main.Data, output: Path, capsys, monkeypatch
 ) -> None:
-    assert main.main([option, value, *SMALL, "--output-dir", str(output)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"main.py: {stage}: the loss is ")
-    assert line.endswith(f" steps; lower {options}")
+    forward = main.MNISTClassifier.forward  # so that it does diverge, on any machine
+    monkeypatch.setattr(main.MNISTClassifier, "forward", lambda m, x: forward(m, x) ** 9)
+    assert main.main(["--lr", "10", "--epochs", "30", "--output-dir", str(output)]) == 1
+    line = "main.py: baseline: training diverged; lower its learning rate, 10\n"
+    assert capsys.readouterr().err == line
     assert saved(output) == {"metrics.json": b"old"}
 
 
-def test_a_folder_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    settings = main.parse(["--output-dir=~/out", "--data-dir", "~/in"])
-    assert (settings.output_dir, settings.data_dir) == (tmp_path / "out", tmp_path / "in")
-    assert main.parse(["--output-dir", "~nosuchuser/x"]).output_dir == Path("~nosuchuser/x")
-
-
-def test_help_names_each_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main.main(["--help"])
-    assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for setting in fields(main.Settings):
-        default = f" (default: {setting.default})" * (setting.default is not None)
-        assert f"--{setting.name.replace('_', '-')} " in text
-        assert setting.metadata["help"] + default in text
-    assert "None" not in text
-
-
-def test_a_run_is_made_repeatable_before_it_reads_data(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: Callable[..., str]
+def test_what_diverges_on_new_data_names_its_own_stage(
+    small: main.Data, output: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setitem(main.NEW_DATA_LR, "lora_rank4", 1e38)
+    assert main.main(["--output-dir", str(output)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lora_rank4" in line and line.endswith("diverged; lower its learning rate, 1e+38")
+    assert saved(output) == {"metrics.json": b"old"}
+
+
+def test_the_script_is_repeatable_before_it_reads_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def state(*_: object) -> None:
         denormal = torch.full((10,), 1e-30) * 1e-10
         assert torch.are_deterministic_algorithms_enabled()
@@ -194,18 +168,14 @@ def test_a_run_is_made_repeatable_before_it_reads_data(
     torch.use_deterministic_algorithms(False)
     torch.set_flush_denormal(False)
     try:
-        assert refused("--output-dir", tmp_path) == "seen"
+        assert main.main([]) == 2
     finally:
         main.make_repeatable()
 
 
-def test_same_bytes_in_another_process_at_the_ends_of_the_options(
-    small: main.Data, tmp_path: Path
-) -> None:
-    ends = ["--rank", "10", "--strength", "0", "--max-accuracy-drop", "100", "--lora-lr", "0.01"]
-    command = [*ends, "--seed", f"{2**63 - 1}", *SMALL, "--output-dir"]
+def test_same_bytes_in_another_process(small: main.Data, tmp_path: Path) -> None:
+    options = ["--rank", "12", "--seed", f"{2**62}", "--lora-lr", "0.01"]
     torch.save([vars(s) for s in (small.train, small.validation, small.test)], tmp_path / "small")
-    there = tmp_path / "new" / "thére"  # which it cannot print
     code = f"""
 import sys, torch, main
 
@@ -214,31 +184,38 @@ def load_mnist(folder, device):
     return main.Data(*(main.Split(**split) for split in torch.load({str(tmp_path / "small")!r})))
 
 main.load_mnist = load_mnist
-sys.exit(main.main({[*command, str(there)]!r}))
+sys.exit(main.main({[*options, "--output-dir", str(tmp_path / "there")]!r}))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=SCRIPT.parent,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONHASHSEED": "1"},
-        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert main.main([*command, str(tmp_path / "here")]) == 0
+    torch.manual_seed(5)  # what was drawn before has no influence
+    assert main.main([*options, "--output-dir", str(tmp_path / "here")]) == 0
     _, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
     here = saved(tmp_path / "here")
-    assert sorted(here) == sorted(main.OUTPUTS)
-    assert here == saved(there)
-
-    (run,) = json.loads(here["metrics.json"])["runs"]
-    assert (run["seed"], run["lora_strength"]) == (2**63 - 1, 0)  # the rule would choose 1
-    scores = {key: (x["errors"], x["false_positives"]) for key, x in run["methods"].items()}
-    assert scores["lora_balanced"] == scores["baseline"] != scores["lora"]
+    assert len(here) == 10
+    assert here == saved(tmp_path / "there")
+    rows = json.loads(here["metrics.json"])["rows"]
+    assert {row["seed"] for row in rows} == {2**62}
 
 
-INTERRUPTED = "main.py: interrupted: the output folder holds what it held before\n"
-MAIN = f"'{sys.executable}' '{SCRIPT}' --output-dir"
+def test_the_main_job_alone_gives_the_same_rows(small: main.Data, tmp_path: Path) -> None:
+    for folder, more in (("all", []), ("main", ["--main-job-only"])):
+        assert main.main([*more, "--output-dir", str(tmp_path / folder)]) == 0
+    whole, alone = (
+        json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("all", "main")
+    )
+    assert [row["method"] for row in alone["rows"]] == ["baseline", "lora"]
+    assert whole["rows"][:2] == alone["rows"]
+
+
+# --- As a process, and inside another program -----------------------------------------------------
 
 
 def start(command: str, **environment: str) -> subprocess.Popen[str]:
@@ -246,38 +223,52 @@ def start(command: str, **environment: str) -> subprocess.Popen[str]:
         ["bash", "-c", command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONUNBUFFERED": ""} | environment,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
         text=True,
     )
 
 
-def test_an_interruption_while_importing_says_nothing_and_touches_nothing(output: Path) -> None:
-    process = start(f"exec {MAIN} {output}")
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert (process.returncode, errors) in ((-signal.SIGINT, ""), (130, INTERRUPTED))
-    assert saved(output) == {"metrics.json": b"old"}
-
-
-def test_an_interruption_and_a_reader_that_leaves_early(output: Path, tmp_path: Path) -> None:
+def test_an_interruption_a_reader_that_leaves_early_and_a_full_disk(
+    output: Path, tmp_path: Path
+) -> None:
+    script = f"'{sys.executable}' '{SCRIPT}' --main-job-only --output-dir"
     other = tmp_path / "other"  # at the same time, since an import of torch takes seconds
-    head = start(f"{MAIN} {other} | head -3; exit ${{PIPESTATUS[0]}}", MPLBACKEND="a notebook's")
-    interrupted = start(f"exec {MAIN} {output}")
+    head = start(f"{script} {other} | head -1; exit ${{PIPESTATUS[0]}}")
+    full = start(f"{script} {tmp_path / 'full'} > /dev/full")
+    interrupted = start(f"exec {script} {output}")
     for line in interrupted.stdout:
-        if "read MNIST" in line:
+        if "LoRA on MNIST" in line:
             interrupted.send_signal(signal.SIGINT)
             break
     _, errors = interrupted.communicate()
-    assert (interrupted.returncode, errors) == (130, INTERRUPTED)
+    assert interrupted.returncode == 130
+    assert errors == "main.py: interrupted: each file in the output folder is whole\n"
     assert saved(output) == {"metrics.json": b"old"}
     text, errors = head.communicate()
-    assert (head.returncode, errors, text.count("\n")) == (141, "", 3)
+    assert (head.returncode, errors, text.count("\n")) == (141, "", 1)
     assert saved(other) == {}
+    _, errors = full.communicate()
+    assert full.returncode == 2
+    assert errors == "main.py: cannot print: No space left on device; send the output elsewhere\n"
+
+
+def test_importing_and_running_change_nothing_for_the_importer(
+    small: main.Data, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT), gc.isenabled(), os.environ.get("MPLBACKEND")
+    statuses = []
+    arguments = ["--main-job-only", "--output-dir", str(tmp_path)]
+    thread = threading.Thread(target=lambda: statuses.append(main.main(arguments)))
+    thread.start()
+    thread.join()
+    assert statuses == [0] and main.main(arguments) == 0
+    after = signal.getsignal(signal.SIGINT), gc.isenabled(), os.environ.get("MPLBACKEND")
+    assert after == before
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "first").write_bytes(b"old")
+    (tmp_path / "adapter").mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: the second is too big
     try:
@@ -289,7 +280,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert saved(tmp_path) == {"first": b"old"}
 
 
-def status_of_child(work: Callable[[], None]) -> int:
+def status_of_child(work: Callable[[], Any]) -> int:
     """The status, below 0 for a signal, of a process that does some work and nothing else."""
     child = os.fork()
     if not child:
@@ -311,24 +302,49 @@ def test_a_kill_while_writing_leaves_the_old_files_whole(tmp_path: Path) -> None
     main.write_files(tmp_path, old)
     assert status_of_child(killed) == -signal.SIGXFSZ
     found = saved(tmp_path)
-    assert bytes(1000) in found.values()  # half of one
     assert found | old == found
-    main.write_files(tmp_path, new)
-    assert saved(tmp_path) == new
+    main.write_files(tmp_path, new)  # the lock of the killed one is gone with it
+    assert saved(tmp_path).items() >= new.items()
 
 
-def test_an_interruption_while_writing_waits_until_all_is_renamed(tmp_path: Path) -> None:
-    def interrupted(method: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object) -> object:
+def test_two_runs_in_one_folder_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def slowly(path: Path, target: Path) -> Path:
+        time.sleep(0.05)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", slowly)
+    names = ["first", "adapter/second", "third"]
+    sets = [dict.fromkeys(names, content) for content in (b"one", b"two")]
+    threads = [threading.Thread(target=main.write_files, args=(tmp_path, x)) for x in sets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert saved(tmp_path) in sets
+
+
+def test_an_interruption_while_writing_waits_until_all_is_renamed(
+    small: main.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--main-job-only", "--output-dir", str(tmp_path)]
+    assert main.main([*arguments, "--seed", "1"]) == 0
+    old = saved(tmp_path)
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target.name == "examples.png":  # the first of all
             os.kill(os.getpid(), signal.SIGINT)
-            return method(*arguments)
+        time.sleep(0.03)
+        return replace(path, target)
 
-        return call
-
-    def work() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        Path.write_bytes, Path.replace = map(interrupted, (Path.write_bytes, Path.replace))
-        main.write_files(tmp_path, {"first": b"new", "second": b"new"})
-
-    assert status_of_child(work) == 0
-    assert saved(tmp_path) == {"first": b"new", "second": b"new"}
+    monkeypatch.setattr(Path, "replace", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main.main([*arguments, "--seed", "2"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    new = saved(tmp_path)
+    assert new.keys() == old.keys()
+    assert all(new[name] != old[name] for name in old if name != "adapter/adapter_config.json")

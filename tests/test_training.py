@@ -1,4 +1,4 @@
-"""Chapter "Training"."""
+"""The one training loop."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ def toy() -> tuple[nn.Module, main.Split]:
     return model, main.Split(torch.randn(50, 6), torch.arange(50) % 10)
 
 
-def recipe(epochs: int = 1, batch_size: int = 16, lr: float = 0.01) -> main.Recipe:
-    return main.Recipe("toy", epochs, batch_size, lr, "--lr or --alpha")
-
-
 def test_the_loop_is_adam_with_a_rate_that_falls_linearly_to_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(main, "BFLOAT16", False, raising=False)
+    monkeypatch.setattr(main, "BFLOAT16", False)
     model, split = toy()
     expected = copy.deepcopy(model)
-    main.train(model, split, recipe(epochs=3), seed=5)
+    main.train(model, split, 5, "toy", lr=0.01, epochs=3, batch=16)
 
     optimizer = torch.optim.Adam(expected.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(5)
@@ -50,7 +46,7 @@ def test_the_seed_alone_orders_the_batches() -> None:
     def trained(seed: int, before: int) -> nn.Module:
         model, split = toy()
         torch.manual_seed(before)
-        main.train(model, split, recipe(), seed)
+        main.train(model, split, seed, "toy", lr=0.01, batch=16)
         return model
 
     assert main.changed_tensors(trained(1, before=3), trained(1, before=4)) == []
@@ -61,16 +57,19 @@ def test_the_optimiser_holds_two_moments_of_what_is_trained() -> None:
     model, split = toy()
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
-    size = main.train(model, split, recipe(), seed=0)
-    assert size == 2 * 4 * (8 * 10 + 10) + 2 * 4  # and a step counter for each of two tensors
+    cost = main.train(model, split, 0, "toy", lr=0.01, batch=16)
+    assert cost["trainable_parameters"] == 8 * 10 + 10
+    assert (
+        cost["optimizer_bytes"] == 2 * 4 * 90 + 2 * 4
+    )  # and a step counter for each of two tensors
+    trained = {name: x.data for name, x in model.named_parameters() if x.requires_grad}
+    assert cost["file_bytes"] == len(main.to_bytes(trained)) > 4 * 90
     assert main.changed_tensors(before, model) == ["2.weight", "2.bias"]
 
 
 @pytest.mark.parametrize("on", [False, True])
 def test_precision_is_reduced_in_training_alone(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if on and not hasattr(main, "BFLOAT16"):
-        pytest.skip("no bfloat16")
-    monkeypatch.setattr(main, "BFLOAT16", on, raising=False)
+    monkeypatch.setattr(main, "BFLOAT16", on)
     seen = []
 
     class Watch(nn.Linear):
@@ -81,25 +80,26 @@ def test_precision_is_reduced_in_training_alone(on: bool, monkeypatch: pytest.Mo
 
     _, split = toy()
     model = Watch(6, 10)
-    main.train(model, split, recipe(), seed=0)
+    main.train(model, split, 0, "toy", lr=0.01, batch=16)
     assert {dtype for dtype, _ in seen} == {torch.bfloat16 if on else torch.float32}
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
     seen.clear()
-    main.evaluate(model, split.images)
+    main.evaluate(model, split)
     assert seen == [(torch.float32, "highest")]
 
 
-def test_a_loss_that_is_not_finite_names_stage_step_and_options() -> None:
+def test_the_defaults_are_one_epoch_in_batches_of_128() -> None:
+    model, _ = toy()
+    split, same = main.Split(torch.randn(300, 6), torch.arange(300) % 10), copy.deepcopy(model)
+    main.train(model, split, 0, "toy", lr=0.01)
+    main.train(same, split, 0, "toy", lr=0.01, epochs=1, batch=128)
+    assert main.changed_tensors(model, same) == []
+
+
+@pytest.mark.parametrize("batch", [16, 50])  # 50: all in one step
+def test_training_that_diverges_names_the_stage_and_its_rate(batch: int) -> None:
     model, split = toy()
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    split.images[order[40]] = float("nan")  # in the third batch
-    line = r"^toy: the loss is nan after 2 of 4 steps; lower --lr or --alpha$"
-    with pytest.raises(main.RunError, match=line):
-        main.train(model, split, recipe(), seed=0)
-
-
-def test_a_last_step_that_diverges_is_found() -> None:
-    model, split = toy()
-    line = r"^toy: the loss is (nan|inf) after 1 of 1 steps; lower --lr or --alpha$"
-    with pytest.raises(main.RunError, match=line):
-        main.train(model, split, recipe(batch_size=50, lr=1e38), seed=0)
+    split.images[order[40]] = float("nan")
+    with pytest.raises(main.RunError, match=r"^toy: .*diverged; lower its learning rate, 0\.01$"):
+        main.train(model, split, 0, "toy", lr=0.01, batch=batch)
