@@ -1037,7 +1037,7 @@ def run(settings: Settings) -> None:
         if not rows:
             first, first_new = job, new
         rows += found
-        gc.collect()  # models with LoRA are cycles: of 20 seeds they would pile up to 0.7 GB
+        gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
 
     print()
     print_main_job(rows, first)

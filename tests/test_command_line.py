@@ -218,14 +218,14 @@ def test_the_main_job_alone_gives_the_same_rows(small: main.Data, tmp_path: Path
 # --- As a process, and inside another program -----------------------------------------------------
 
 
-def start(command: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["bash", "-c", command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
-        text=True,
-    )
+def start(command: str) -> subprocess.Popen[str]:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    try:
+        return subprocess.Popen(
+            ["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_an_interruption_a_reader_that_leaves_early_and_a_full_disk(

@@ -444,7 +444,9 @@ def test_each_picture_is_drawn_once_of_the_first_seed(
     new = drawn["new_data"][2]
     assert torch.equal(new.test.images, turned(data.test, OPTIONS["angle"]).images)
     says = main.evaluate(new.lora, new.test.take(slice(8))).argmax(1)
-    assert torch.equal(says, expected.says)  # LoRA as it was trained, not as the dial left it
+    assert torch.equal(says, expected.says)
+    for model in (job.lora, new.lora):  # as they were trained, not as a dial left them
+        assert {lora.strength for lora in main.lora_layers(model).values()} == {1.0}
 
 
 def test_two_seeds_are_two_runs_of_one(
