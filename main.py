@@ -309,7 +309,7 @@ def print_main_job(rows: Rows, job: Job) -> None:
     print(f"  ok  the {frozen:,} frozen ones are the same, bit for bit")
     print("  ok  switched off, it gives exactly the baseline's outputs")
     print("  ok  merged into the weights, it predicts the same\n")
-    print_errors(rows, ["baseline", "LoRA"], job.digit)
+    print_errors(rows, job.digit)
 
 
 def draw_learned(job: Job) -> Figure:
@@ -328,7 +328,7 @@ def draw_learned(job: Job) -> Figure:
 def draw_examples(job: Job) -> Figure:
     """The first test images that LoRA puts right, and the first that it spoils."""
     test, before, after = job.data.test, job.before.argmax(1), job.after.argmax(1)
-    figure = new_figure("What LoRA puts right, and what it spoils", height=3.8)
+    figure = new_figure(f"What LoRA puts right and spoils (seed {job.seed})", height=3.8)
     top, bottom = figure.subplots(2)
     for axes, color, word, which in (
         (top, BLUE, "put right", (before != test.labels) & (after == test.labels)),
@@ -344,7 +344,7 @@ def draw_examples(job: Job) -> Figure:
 def draw_errors(rows: Rows, job: Job) -> Figure:
     """The errors on each digit, without and with LoRA."""
     figure = new_figure(f"LoRA: fewer errors on {job.digit}, more on other digits", height=3.8)
-    draw_bars(figure.subplots(), rows, {"baseline": GREY, "LoRA": BLUE}, job.digit)
+    draw_bars(figure.subplots(), rows, job.digit)
     return figure
 
 
@@ -428,12 +428,14 @@ def print_table(lines: Sequence[Sequence[str]], first: int = 21, width: int = 11
         print(f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
-def print_errors(rows: Rows, labels: Sequence[str], digit: int) -> None:
+BEFORE_AND_AFTER = {"digit/baseline": "baseline", "digit/lora": "LoRA"}
+
+
+def print_errors(rows: Rows, digit: int) -> None:
     """The errors on each digit and the accuracy, a line for each method; the digit is marked."""
     lines = [["errors on", *"0123456789", "right"]]
     lines[0][digit + 1] += "*"
-    for label in labels:
-        name = f"digit/{label.lower()}"
+    for name, label in BEFORE_AND_AFTER.items():
         errors = [f"{count:.0f}" for count in means(rows, name, "errors")]
         lines.append([label, *errors, f"{mean(rows, name, 'accuracy'):.1%}"])
     print_table(lines, first=10, width=6)
@@ -486,11 +488,11 @@ def draw_to_scale(axes: Any, lora: LoRAParametrization) -> None:
     axes.set_axis_off()
 
 
-def draw_bars(axes: Any, rows: Rows, colors: Mapping[str, str], digit: int) -> None:
-    """The errors on each digit: a bar with its number for each of two methods."""
+def draw_bars(axes: Any, rows: Rows, digit: int) -> None:
+    """The errors on each digit: a bar with its number for each of the two methods."""
     axes.axvspan(digit - 0.5, digit + 0.5, color="#fff3b0")
-    for (label, color), width in zip(colors.items(), (-0.4, 0.4)):
-        errors = means(rows, f"digit/{label.lower()}", "errors")
+    for (name, label), color, width in zip(BEFORE_AND_AFTER.items(), (GREY, BLUE), (-0.4, 0.4)):
+        errors = means(rows, name, "errors")
         bars = axes.bar(range(10), errors, width, align="edge", color=color, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
     axes.set(xticks=range(10), xlabel="digit in the image", ylabel="errors on test images")
@@ -650,8 +652,9 @@ def compare_methods(job: Job) -> Rows:
     def add(method: str, logits: Tensor, **more: Any) -> None:
         rows.append(score(f"digit/{method}", logits, test, digit, **more))
 
-    # The largest strength, and the largest bias, that cost at most one point of accuracy.
     add("constant_part", before + (changed - plain).mean(0))
+
+    # The largest strength, and the largest bias, that cost at most one point of accuracy.
     one_hot = F.one_hot(torch.tensor(digit), 10).to(before)
     least = accuracy(plain, validation) - 0.01 - 1e-9  # for rounding
     strength, bias = 1.0, 8.0
@@ -689,14 +692,14 @@ def print_comparison(rows: Rows, digit: int) -> None:
     print_methods(f"1. learning {digit}", rows, METHODS, columns)
     strength = text(rows, "digit/lora_balanced", "strength")
     bias = text(rows, "digit/logit_bias", "strength")
-    print(f"  strength {strength} and bias {bias}: the largest that cost 1 point on validation")
-    print(f"  other digits: {OTHERS} images of them for each {digit} in LoRA's training data")
+    print(f"  strength {strength}, bias {bias}: the largest that cost 1 point on validation")
+    print(f"  LoRA + other digits: {OTHERS} images of others for each {digit} in its training data")
     print("  mean change: LoRA's average effect on the ten outputs, the same for all images\n")
 
 
 def draw_trade_off(rows: Rows, digit: int) -> Figure:
     """Accuracy against errors on the digit."""
-    figure = new_figure("The price comes from the data, not from LoRA", height=5)
+    figure = new_figure("A bias on one output does what LoRA does", height=5)
     axes, x, y = figure.subplots(), "digit_errors", "accuracy"
     dial = ["digit/baseline", "digit/lora_balanced", "digit/lora_at_0.75", "digit/lora"]
     draw_curve(axes, rows, dial, x, y, BLUE, "LoRA at strengths 0 to 1")
@@ -713,8 +716,8 @@ def draw_trade_off(rows: Rows, digit: int) -> Figure:
 
 RANKS = [1, 2, 4, 8, 16]
 CURVES = {  # of the rows on an eighth of the test images, by rank
-    "LoRA, trained at it": [f"new_data/lora_rank{x}" for x in ("1", "2", "4", "8_at_1.0", "16")],
-    "full, cut to it": [f"new_data/full_part_rank{rank}" for rank in RANKS],
+    "LoRA of this rank": [f"new_data/lora_rank{x}" for x in ("1", "2", "4", "8_at_1.0", "16")],
+    "full cut to this rank": [f"new_data/full_part_rank{rank}" for rank in RANKS],
 }
 
 
@@ -756,28 +759,29 @@ def print_low_rank(rows: Rows, digit: int) -> None:
     print_table(lines)
     whole = text(rows, "digit/full", "digit_errors")
     part = text(rows, "digit/full_rank1", "digit_errors")
-    print(f"  errors on {digit}: full fine-tuning {whole}; the same, cut to rank 1, {part}\n")
+    print(f"  errors on {digit}: {whole} with full fine-tuning, {part} with it cut to rank 1\n")
 
 
 def draw_low_rank(rows: Rows, job: Job) -> Figure:
     """An image cut to several ranks; below, what is read of turned digits, over the rank."""
-    figure = new_figure("LoRA trained at low rank beats fine-tuning cut to it", height=6)
+    figure = new_figure("At ranks 1 to 8, LoRA beats fine-tuning cut to them", height=6)
     top, bottom = figure.subplots(2, height_ratios=[1, 2.4])
     image = pixels(only(job.data.test, job.digit))[0]
     ranks = [f"rank {rank}" for rank in RANKS]
     tiles = torch.stack([*cut(image, RANKS).values(), image])
     draw_tiles(top, tiles, [*ranks, "image"])
-    for (label, names), color, shift in zip(CURVES.items(), (BLUE, ORANGE), (0.01, -0.03)):
-        heights = [mean(rows, name, "accuracy") for name in names]
-        bottom.plot(ranks, heights, "o-", color=color, label=label)
-        for rank, height in zip(ranks, heights):
+    curves = [[mean(rows, name, "accuracy") for name in names] for names in CURVES.values()]
+    for label, color, curve, other in zip(CURVES, (BLUE, ORANGE), curves, reversed(curves)):
+        bottom.plot(ranks, curve, "o-", color=color, label=label)
+        for rank, height, beside in zip(ranks, curve, other):
+            shift = 0.01 if height >= beside else -0.03  # the number of the higher one above it
             bottom.text(rank, height + shift, f"{height:.0%}", ha="center")
     ceiling = mean(rows, "new_data/full_at_1.0", "accuracy")
     bottom.axhline(ceiling, color=GREY, ls="--", label=f"full fine-tuning: {ceiling:.0%}")
     bottom.yaxis.set_major_formatter("{x:.0%}")
     bottom.margins(y=0.15)
     bottom.set_ylabel("right, of 1,250 turned digits")
-    bottom.set_xlabel(seeds_note(rows))
+    bottom.set_xlabel(f"rank ({seeds_note(rows)})")
     bottom.legend(frameon=False)
     return figure
 
@@ -828,12 +832,13 @@ def print_new_data(rows: Rows, angle: float) -> None:
         "trained": "trainable_parameters",
         "file bytes": "file_bytes",
     }
-    print_methods(f"3. turned by {angle:g}°", rows, NEW_METHODS, columns)
+    print_methods("3. turned (of 10,000)", rows, NEW_METHODS, columns)
+    print(f"  turned by {angle:g} degrees; switched off, LoRA is exactly the baseline")
 
 
 def draw_new_data(rows: Rows, job: Job, new: NewData) -> Figure:
     """What is said of the first turned digits; then, what each method learned and forgot."""
-    figure = new_figure("LoRA learns new digits, forgets old ones, and switches off", height=8)
+    figure = new_figure("LoRA learns turned digits and forgets upright ones", height=8)
     top, middle, bottom = figure.subplots(3, height_ratios=[1, 1, 5])
     first = new.test.take(slice(8))
     for axes, name, model in ((top, "the baseline", job.baseline), (middle, "LoRA", new.lora)):
@@ -854,7 +859,8 @@ def draw_new_data(rows: Rows, job: Job, new: NewData) -> Figure:
     draw_methods(bottom, rows, points, x, y)
     bottom.xaxis.set_major_formatter("{x:.0%}")
     bottom.set(
-        xlabel=f"right, of 1,250 turned digits, {seeds_note(rows)}", ylabel="right, of them upright"
+        xlabel=f"right, of 1,250 turned digits, {seeds_note(rows)}",
+        ylabel="right, of the same upright",
     )
     return figure
 
@@ -949,8 +955,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    yield
-    os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1039,7 +1047,7 @@ def run(settings: Settings) -> None:
         rows += found
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
 
-    print()
+    print(f"\n  on test images, {seeds_note(rows)}:")
     print_main_job(rows, first)
     if first_new:
         print_comparison(rows, digit)

@@ -278,6 +278,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value).startswith(f"--output-dir {tmp_path}: File too large; ")
     assert saved(tmp_path) == {"first": b"old"}
+    main.write_files(tmp_path, {"first": b"new"})  # the lock of the one that failed is gone
+    assert saved(tmp_path) == {"first": b"new"}
 
 
 def status_of_child(work: Callable[[], Any]) -> int:

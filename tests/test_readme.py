@@ -105,7 +105,7 @@ def test_every_number_of_the_findings() -> None:
     lora, matched = names["lora_rank8"], names["full_matched"]
     ahead = sum(x > 0 for x in pairs(matched, lora, "accuracy_upright"))
     beside = "new_data/lora_rank8_at_0.8", "new_data/full_matched_at_1.0"
-    assert numbers("**LoRA is for new data") == [
+    assert numbers("**LoRA learns new data") == [
         *(turned["lora_rank8"], turned["full"], turned["full_matched"]),
         *(kept["full_matched"], kept["lora_rank8"], f"{ahead} of 20"),
         *(by_layer(each(name, "weight_change")) for name in (lora, matched)),

@@ -136,7 +136,7 @@ def test_the_table_of_ranks(rows: main.Rows, capsys: Any) -> None:
 @both
 @pytest.mark.parametrize("digit", [0, 9])
 def test_the_errors_on_each_digit(rows: main.Rows, digit: int, capsys: Any) -> None:
-    main.print_errors(rows, ["baseline", "LoRA"], digit)
+    main.print_errors(rows, digit)
     header, *lines = capsys.readouterr().out.splitlines()[:3]
     assert header.split()[2:-1] == [f"{d}*" if d == digit else f"{d}" for d in range(10)]
     for line, name in zip(lines, ("digit/baseline", "digit/lora")):
@@ -148,7 +148,7 @@ def test_the_errors_on_each_digit(rows: main.Rows, digit: int, capsys: Any) -> N
 @pytest.mark.parametrize("digit", [0, 9])
 def test_no_line_is_wider_than_80_columns(digit: int, capsys: Any) -> None:
     rows = make_rows(list(range(20)), most=1_000)
-    main.print_errors(rows, ["baseline", "LoRA"], digit)
+    main.print_errors(rows, digit)
     main.print_comparison(rows, digit)
     main.print_low_rank(rows, digit)
     main.print_new_data(rows, 359.25)
