@@ -109,6 +109,12 @@ def test_numbers_that_the_help_and_the_docstrings_name(mnist: main.Data) -> None
     assert "55,000" in {x.name: x for x in fields(main.Settings)}["epochs"].metadata["help"]
 
 
+def test_bfloat16_is_said_of_a_cpu_alone() -> None:
+    for name, expected in (("cpu", main.BFLOAT16), ("meta", False)):
+        content = json.loads(main.metrics(main.Settings(), torch.device(name), []))
+        assert content["environment"]["bfloat16"] == expected
+
+
 def test_auto_prefers_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, device in ((torch.device("meta"), "meta"), (None, "cpu")):
         monkeypatch.setattr(
@@ -313,7 +319,10 @@ def test_two_runs_in_one_folder_do_not_mix(tmp_path: Path, monkeypatch: pytest.M
     replace = Path.replace
 
     def slowly(path: Path, target: Path) -> Path:
-        time.sleep(0.05)
+        """Without a lock, one comes last with "second", the other with the rest."""
+        first = threading.current_thread() is threads[0]
+        slow = first == (target.name == "second")
+        time.sleep((0.3 if first else 0.2) if slow else 0.02)
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", slowly)
