@@ -7,34 +7,34 @@ more parameters, errors on 9 fall from 44.0 to 4.1, accuracy falls from 97.43 to
 given: it is the worst digit of test images in 18 of 20 seeds, of validation images in none.)
 
 Read the Tools and The main job: then you have seen all of LoRA. Each of the three questions after
-them can be read alone, and deleted with its lines in `run_seed` and `run`.
+them can be read alone, and deleted with its lines in `run_seed`, `draw` and `run`.
 """
 
 # mypy: disable-error-code="import-untyped, no-any-return, no-untyped-call"
 import argparse
-import copy
 import gc
 import gzip
 import io
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib.style
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchvision.datasets import MNIST
@@ -90,7 +90,7 @@ class LoRAParametrization(nn.Module):
         return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.strength * self.scaling)
 
 
-def attach_lora(model: Model, rank: int, alpha: float, layers: Sequence[str] = LAYERS) -> Model:
+def attach_lora(model: Model, rank: int, alpha: float, layers: list[str] = LAYERS) -> Model:
     """Freeze all of `model`, biases too, and attach LoRA to the layers named, in place."""
     model.requires_grad_(False)
     for name in layers:
@@ -117,20 +117,28 @@ def set_strength(model: Model, strength: float) -> Model:
     return model
 
 
+def weight(model: Model, layer: str) -> Tensor:
+    """The weight (out, in) that a layer uses, with its LoRA if it has one."""
+    module: Any = model.get_submodule(layer)
+    return module.weight.detach()
+
+
 def merge_lora(baseline: Model, lora: Model) -> Model:
     """A plain copy of `baseline` with the weights that `lora` uses, at its strength."""
-    merged = copy.deepcopy(baseline)
-    for name in lora_layers(lora):
-        weight(merged, name).copy_(weight(lora, name))
+    merged = deepcopy(baseline)
+    for layer in lora_layers(lora):
+        weight(merged, layer).copy_(weight(lora, layer))
     return merged
 
 
 def changed_tensors(before: Model, after: Model) -> list[str]:
     """The names of the tensors of `before` that differ by a bit in `after`, which may have LoRA."""
-    held = after.state_dict()
+    held = {}
+    for name, tensor in after.state_dict().items():
+        held[name.replace("parametrizations.weight.original", "weight")] = tensor
     changed = []
     for name, tensor in before.state_dict().items():
-        other = held.get(name.replace("weight", "parametrizations.weight.original"), held.get(name))
+        other = held.get(name)
         # compared as bytes, since as numbers 0.0 equals -0.0
         if other is None or not torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)):
             changed.append(name)
@@ -170,17 +178,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, 784), normalised float32, and their labels (n,)."""
+    """Images (n, 784), normalised float32, and their labels (n,); `split[which]` is some of it."""
 
     images: Tensor
     labels: Tensor
 
-    def take(self, which: Tensor | slice) -> "Split":
+    def __getitem__(self, which: Tensor | slice) -> "Split":
         return Split(self.images[which], self.labels[which])
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """`train` is learned from, `validation` chooses, and `test` is only reported."""
 
     train: Split
@@ -200,12 +207,13 @@ def train(
 
     The learning rate falls linearly to 0. Returns the costs; raises RunError if it diverges.
     """
+    model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(len(split.labels) / batch)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
+        order = torch.randperm(len(split.labels), generator=generator)
         bar = tqdm(order.split(batch), name, **BAR)
         for some in bar:
             with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
@@ -223,6 +231,7 @@ def train(
 @torch.inference_mode()
 def evaluate(model: Model, split: Split) -> Tensor:
     """Logits (n, 10) of a split's images, 625 at once: more take more memory and no less time."""
+    model.eval()
     with parametrize.cached():  # W + B A once, not once per chunk
         return torch.cat([model(images) for images in split.images.split(625)])
 
@@ -241,20 +250,21 @@ def score(name: str, logits: Tensor, split: Split, digit: int, **more: Any) -> R
         "errors": errors,  # on each of the ten digits
         "digit_errors": errors[digit],
         "false_positives": int((wrong & (predictions == digit)).sum()),  # others called `digit`
-    } | more
+        **more,
+    }
 
 
 # --- The main job: a network, then LoRA on images of one digit ------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """The main job of one seed: what it was given, its models, and what was measured."""
 
     settings: Settings
     digit: int
     seed: int
     data: Data
+    images: Split  # training images of the digit
     baseline: Model
     start: Model  # the baseline with LoRA, before LoRA is trained
     lora: Model
@@ -267,7 +277,7 @@ def check_lora(baseline: Model, lora: Model, rank: int, some: Split) -> Row:
     """Hold LoRA to what it promises, on some images. Raises RunError, which says what was found."""
     overhead = count_trainable(lora) / count_trainable(baseline)
     on, merged = evaluate(lora, some), evaluate(merge_lora(baseline, lora), some)
-    off = evaluate(set_strength(copy.deepcopy(lora), 0.0), some)
+    off = evaluate(set_strength(deepcopy(lora), 0.0), some)
     found = {
         "frozen_weights_unchanged": changed_tensors(baseline, lora),
         "lora_off_equals_baseline": int((off != evaluate(baseline, some)).sum()),
@@ -284,19 +294,18 @@ def main_job(settings: Settings, seed: int, data: Data) -> Job:
     digit, test = settings.digit, data.test
     torch.manual_seed(seed)  # nn.Linear and LoRA draw from torch's own generator, in turn
     baseline = MNISTClassifier().to(test.images.device)
-    cost = train(
-        baseline, data.train, seed, "baseline", lr=settings.lr, epochs=settings.epochs, batch=256
-    )
+    cost = train(baseline, data.train, seed, "baseline", settings.lr, settings.epochs, batch=256)
     before = evaluate(baseline, test)
     rows = [score("digit/baseline", before, test, digit, **cost)]
 
-    start = attach_lora(copy.deepcopy(baseline), settings.rank, settings.alpha)
-    lora, images = copy.deepcopy(start), only(data.train, digit)
-    cost = train(lora, images, seed, "LoRA", lr=settings.lora_lr, epochs=settings.lora_epochs)
-    cost |= check_lora(baseline, lora, settings.rank, data.validation.take(slice(1000)))
+    images = data.train[data.train.labels == digit]
+    start = attach_lora(deepcopy(baseline), settings.rank, settings.alpha)
+    lora = deepcopy(start)
+    cost = train(lora, images, seed, "LoRA", settings.lora_lr, settings.lora_epochs)
+    cost |= check_lora(baseline, lora, settings.rank, data.validation[:1000])
     after = evaluate(lora, test)
     rows.append(score("digit/lora", after, test, digit, **cost))
-    return Job(settings, digit, seed, data, baseline, start, lora, before, after, rows)
+    return Job(settings, digit, seed, data, images, baseline, start, lora, before, after, rows)
 
 
 def print_main_job(rows: Rows, job: Job) -> None:
@@ -305,46 +314,39 @@ def print_main_job(rows: Rows, job: Job) -> None:
         (outs, rank), ins = lora.lora_B.shape, lora.lora_A.shape[1]
         print(f"  {name}: frozen W {outs} x {ins} + lora_B {outs} x {rank} @ lora_A {rank} x {ins}")
     added, frozen = count_trainable(job.lora), count_trainable(job.baseline)
-    print(f"  ok  LoRA learned {added:,} new numbers, +{added / frozen:.3%}")
-    print(f"  ok  the {frozen:,} frozen ones are the same, bit for bit")
-    print("  ok  switched off, it gives exactly the baseline's outputs")
-    print("  ok  merged into the weights, it predicts the same\n")
+    print(
+        f"  ok  {added:,} learned (+{added / frozen:.3%}), {frozen:,} frozen: the same, bit for bit"
+    )
+    print("  ok  switched off, it is exactly the baseline; merged, it predicts the same\n")
     print_errors(rows, job.digit)
 
 
 def draw_learned(job: Job) -> Figure:
     """Up to four rows of the first layer's lora_A, as images; and the layer's matrices to scale."""
     start, lora = (lora_layers(model)["linear1"] for model in (job.start, job.lora))
-    before, after = (layer.lora_A[:4].detach().cpu().view(-1, 28, 28) for layer in (start, lora))
-    figure = new_figure(f"Training writes a {job.digit} into LoRA's noise", 1 + 2 * len(after))
-    left, right = figure.subfigures(1, 2, width_ratios=[5, 2])  # type: ignore[misc]
-    for i, axes in enumerate(left.subplots(len(after), squeeze=False).flat):
-        tiles = torch.stack([before[i], after[i] - before[i], after[i]])
-        draw_tiles(axes, tiles, ["random start", "+ training adds", "= lora_A"])
-    draw_to_scale(right.subplots(), lora)
+    before, after = (layer.lora_A[:4].detach().cpu().view(-1, 28) for layer in (start, lora))
+    tiles = torch.stack([before, after - before, after])
+    title, height = f"Training writes a {job.digit} into LoRA's noise", 1 + len(after) / 14
+    figure, (left, right) = new_figure(title, height, ncols=2, width_ratios=[5, 2])
+    draw_tiles(left, tiles / tiles.abs().max(), ["random start", "+ training adds", "= lora_A"])
+    draw_to_scale(right, lora)
     return figure
 
 
 def draw_examples(job: Job) -> Figure:
     """The first test images that LoRA puts right, and the first that it spoils."""
     test, before, after = job.data.test, job.before.argmax(1), job.after.argmax(1)
-    figure = new_figure(f"What LoRA puts right and spoils (seed {job.seed})", height=3.8)
-    top, bottom = figure.subplots(2)
-    for axes, color, word, which in (
-        (top, BLUE, "put right", (before != test.labels) & (after == test.labels)),
-        (bottom, ORANGE, "spoiled", (before == test.labels) & (after != test.labels)),
+    title = f"What LoRA puts right and spoils (seed {job.seed})"
+    figure, (top, bottom) = new_figure(title, height=3.8, nrows=2)
+    for axes, color, word, right, wrong in (
+        (top, BLUE, "put right", after, before),
+        (bottom, ORANGE, "spoiled", before, after),
     ):
+        which = (right == test.labels) & (wrong != test.labels)
         first = which.nonzero().flatten()[:8]
         words = [f"{before[i]} → {after[i]}" for i in first]
-        draw_tiles(axes, pixels(test.take(first)), words, [color] * 8)
+        draw_tiles(axes, pixels(test[first]), words, [color] * 8)
         axes.set_title(f"{int(which.sum())} images {word}, the first: baseline → LoRA", color=color)
-    return figure
-
-
-def draw_errors(rows: Rows, job: Job) -> Figure:
-    """The errors on each digit, without and with LoRA."""
-    figure = new_figure(f"LoRA: fewer errors on {job.digit}, more on other digits", height=3.8)
-    draw_bars(figure.subplots(), rows, job.digit)
     return figure
 
 
@@ -355,19 +357,13 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
+    "figure.titlesize": 16,
+    "figure.titleweight": "bold",
     "font.size": 12,
+    "legend.frameon": False,
 }
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct to the colour-blind, and in print
-
-
-def only(split: Split, digit: int) -> Split:
-    return split.take(split.labels == digit)
-
-
-def weight(model: Model, layer: str) -> Tensor:
-    """The weight (out, in) that a layer uses, with its LoRA if it has one."""
-    module: Any = model.get_submodule(layer)
-    return module.weight.detach()
+BEFORE_AND_AFTER = {"digit/baseline": "baseline", "digit/lora": "LoRA"}
 
 
 def count_trainable(model: Model) -> int:
@@ -376,12 +372,11 @@ def count_trainable(model: Model) -> int:
 
 def costs(model: Model, optimizer: torch.optim.Optimizer) -> Row:
     """How many numbers were trained; bytes of the optimiser, and of a file with these numbers."""
-    trained = {name: x.data for name, x in model.named_parameters() if x.requires_grad}
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     return {
         "trainable_parameters": count_trainable(model),
         "optimizer_bytes": sum(tensor.nbytes for tensor in moments),
-        "file_bytes": len(to_bytes(adapter_state(model) or trained)),
+        "file_bytes": len(to_bytes(trained_state(model))),
     }
 
 
@@ -396,18 +391,15 @@ def values(rows: Rows, name: str, metric: str) -> list[Any]:
     return [row[metric] for row in named if metric in row]
 
 
-def mean(rows: Rows, name: str, metric: str) -> float:
-    return fmean(values(rows, name, metric))
-
-
-def means(rows: Rows, name: str, metric: str) -> list[float]:
-    """The means over the seeds of a metric that is a list, by digit or by layer."""
-    return [fmean(column) for column in zip(*values(rows, name, metric))]
+def mean(rows: Rows, name: str, metric: str) -> Any:
+    """The mean over the seeds of a metric, or of each number of it where it is a list."""
+    return torch.tensor(values(rows, name, metric), dtype=torch.double).mean(0).tolist()
 
 
 def text(rows: Rows, name: str, metric: str) -> str:
     """A metric as one seed or all seeds have it, or its mean ± standard deviation over seeds."""
-    found, one, several = values(rows, name, metric), ",.10g", ".1f"
+    found = values(rows, name, metric)
+    one, several = ",.10g", ".1f"
     if metric.startswith("accuracy"):
         one, several = ".2%", ".1%"
     if len(set(found)) < 2:
@@ -422,29 +414,13 @@ def seeds_note(rows: Rows) -> str:
     return f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {min(seeds)}"
 
 
-def print_table(lines: Sequence[Sequence[str]], first: int = 21, width: int = 11) -> None:
-    """Lines of cells: a first column and others, of these widths."""
+def print_table(lines: list[list[str]], first: int = 21, width: int = 11) -> None:
+    """Lines of cells, a first column and others, of these widths."""
     for name, *cells in lines:
         print(f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
-BEFORE_AND_AFTER = {"digit/baseline": "baseline", "digit/lora": "LoRA"}
-
-
-def print_errors(rows: Rows, digit: int) -> None:
-    """The errors on each digit and the accuracy, a line for each method; the digit is marked."""
-    lines = [["errors on", *"0123456789", "right"]]
-    lines[0][digit + 1] += "*"
-    for name, label in BEFORE_AND_AFTER.items():
-        errors = [f"{count:.0f}" for count in means(rows, name, "errors")]
-        lines.append([label, *errors, f"{mean(rows, name, 'accuracy'):.1%}"])
-    print_table(lines, first=10, width=6)
-    print()
-
-
-def print_methods(
-    title: str, rows: Rows, methods: Mapping[str, str], metrics: Mapping[str, str]
-) -> None:
+def print_methods(title: str, rows: Rows, methods: dict[str, str], metrics: dict[str, str]) -> None:
     """A line for each method, by name and label; `metrics` are the columns, by heading."""
     lines = [[title, *metrics]]
     for name, label in methods.items():
@@ -452,11 +428,23 @@ def print_methods(
     print_table(lines)
 
 
-def new_figure(title: str, height: float) -> Figure:
-    """A figure of 8 by `height` inches whose title, on the left, states the finding."""
+def print_errors(rows: Rows, digit: int) -> None:
+    """The errors on each digit and the accuracy, a line for each method; the digit is marked."""
+    heading = ["errors on", *"0123456789", "right"]
+    heading[digit + 1] += "*"
+    lines = [heading]
+    for name, label in BEFORE_AND_AFTER.items():
+        errors = [f"{count:.0f}" for count in mean(rows, name, "errors")]
+        lines.append([label, *errors, f"{mean(rows, name, 'accuracy'):.1%}"])
+    print_table(lines, first=10, width=6)
+    print()
+
+
+def new_figure(title: str, height: float, **panels: Any) -> tuple[Figure, Any]:
+    """A figure of 8 by `height` inches with its panels; the title states the finding."""
     figure = Figure(figsize=(8, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=16, fontweight="bold")
-    return figure
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure, figure.subplots(**panels)
 
 
 def pixels(split: Split) -> Tensor:
@@ -464,61 +452,58 @@ def pixels(split: Split) -> Tensor:
     return (split.images.cpu() * STD + MEAN).view(-1, 28, 28)
 
 
-def draw_tiles(axes: Any, tiles: Tensor, words: Sequence[str], colors: Any = ["black"] * 8) -> None:
-    """Up to eight images (n, 28, 28) in a row, a word below each; less than 0 is red, 0 white."""
-    limit = max((float(tile.abs().max()) for tile in tiles), default=1.0)
-    for i, (tile, word, color) in enumerate(zip(tiles, words, colors)):
-        axes.imshow(
-            tile.numpy(), "RdGy", vmin=-limit, vmax=limit, extent=(30 * i, 30 * i + 28, 28, 0)
-        )
-        axes.text(30 * i + 14, 30, word, color=color, ha="center", va="top")
-    axes.set(xlim=(0, 30 * max(3, len(tiles))), ylim=(28, 0))
+def draw_tiles(axes: Any, tiles: Tensor, words: list[str], colors: Any = ["black"] * 8) -> None:
+    """Up to eight images (n, 28, 28) in a row, a word below each; -1 is red, 0 white, 1 black."""
+    strip = F.pad(tiles, (1, 1)).transpose(0, 1).flatten(1).numpy()  # beside each other
+    if len(tiles):
+        axes.imshow(strip, "RdGy", vmin=-1, vmax=1)
+    for i, (word, color) in enumerate(zip(words, colors)):
+        axes.text(30 * i + 15, len(strip) + 2, word, color=color, ha="center", va="top")
     axes.set_axis_off()
 
 
 def draw_to_scale(axes: Any, lora: LoRAParametrization) -> None:
     """The frozen weight W of a layer, lora_B on its left and lora_A above it, as areas."""
     (outs, rank), ins = lora.lora_B.shape, lora.lora_A.shape[1]
-    axes.broken_barh([(0, ins)], (0, outs), color=GREY)
-    axes.broken_barh([(-100, rank)], (0, outs), color=BLUE)
-    axes.broken_barh([(0, ins)], (outs + 100, rank), color=BLUE)
-    sizes = f" frozen W:\n {outs} × {ins}\n\n blue lora_B:\n {outs} × {rank}"
-    axes.text(0, outs / 2, f"{sizes}\n\n and lora_A:\n {rank} × {ins}", va="center")
+    x, width = [0, -100, 0], [ins, rank, ins]
+    bottom, height = [0, 0, outs + 100], [outs, outs, rank]
+    colors = [GREY, BLUE, BLUE]
+    axes.bar(x, height, width, bottom, align="edge", color=colors, edgecolor=colors)
+    sizes = f"frozen W:\n{outs} × {ins}\n\nblue lora_B:\n{outs} × {rank}"
+    axes.text(50, outs / 2, f"{sizes}\n\nand lora_A:\n{rank} × {ins}", va="center")
     axes.axis("scaled")
     axes.set_axis_off()
 
 
-def draw_bars(axes: Any, rows: Rows, digit: int) -> None:
-    """The errors on each digit: a bar with its number for each of the two methods."""
+def draw_errors(rows: Rows, digit: int) -> Figure:
+    """The errors on each digit, without LoRA and with it: a bar with its number for each."""
+    figure, axes = new_figure(f"LoRA: fewer errors on {digit}, more on other digits", height=3.8)
     axes.axvspan(digit - 0.5, digit + 0.5, color="#fff3b0")
     for (name, label), color, width in zip(BEFORE_AND_AFTER.items(), (GREY, BLUE), (-0.4, 0.4)):
-        errors = means(rows, name, "errors")
+        errors = mean(rows, name, "errors")
         bars = axes.bar(range(10), errors, width, align="edge", color=color, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
     axes.set(xticks=range(10), xlabel="digit in the image", ylabel="errors on test images")
-    axes.legend(title=seeds_note(rows), frameon=False)
+    axes.legend(title=seeds_note(rows))
+    return figure
 
 
-def draw_curve(
-    axes: Any, rows: Rows, names: Sequence[str], x: str, y: str, color: str, label: str
+def draw_plane(
+    axes: Any, rows: Rows, x: str, y: str, dials: dict[str, list[str]], methods: dict[str, str]
 ) -> None:
-    """A line through methods, placed by two metrics, from left to right."""
-    names = sorted(names, key=lambda name: mean(rows, name, x))
-    xs = [mean(rows, name, x) for name in names]
-    ys = [mean(rows, name, y) for name in names]
-    axes.plot(xs, ys, ".-", color=color, label=label)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the panel
-
-
-def draw_methods(axes: Any, rows: Rows, methods: Mapping[str, str], x: str, y: str) -> None:
-    """Methods as points, by two metrics, with their labels beside the panel."""
+    """Dials as curves and methods as points, placed by two metrics; labels beside the panel."""
+    for (label, names), color in zip(dials.items(), (BLUE, ORANGE)):
+        points = sorted((mean(rows, name, x), mean(rows, name, y)) for name in names)
+        axes.plot(*zip(*points), ".-", color=color, label=label)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the panel
     order = sorted(methods, key=lambda name: mean(rows, name, y))
     for i, name in enumerate(order):
         point = mean(rows, name, x), mean(rows, name, y)
         axes.plot(*point, "o", color="black")
-        place, line = (1.05, (i + 0.5) / len(order)), {"arrowstyle": "-", "color": GREY}
+        place = (1.05, (i + 0.5) / len(order))
+        line = {"arrowstyle": "-", "color": GREY}
         axes.annotate(methods[name], point, place, textcoords="axes fraction", arrowprops=line)
-    axes.yaxis.set_major_formatter("{x:.1%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 # --- What two questions share ---------------------------------------------------------------------
@@ -534,26 +519,17 @@ NEW_DATA_LR = {
     "full": 2e-3,
     "full_matched": 7e-4,
 }
-EIGHTH = slice(None, None, 8)  # of the test images, for curves and what is drawn beside them
 
 
-@dataclass(frozen=True)
-class NewData:
-    """Turned digits, two models that learned them, and the rows of what was measured."""
+class Tuned(NamedTuple):
+    """What two questions need: turned digits, three models that were trained, and their rows."""
 
-    train: Split
+    full: Model  # all weights, trained on the digit
+    train: Split  # turned digits
     test: Split
-    lora: Model  # of rank 8
-    full: Model
+    new_lora: Model  # LoRA of rank 8, trained on turned digits
+    new_full: Model  # all weights, trained on turned digits
     rows: Rows
-
-
-def fine_tune_all(job: Job) -> tuple[Model, Row]:
-    """Full fine-tuning: train all weights of the baseline on LoRA's images."""
-    full, digit, test = copy.deepcopy(job.baseline), job.digit, job.data.test
-    images, epochs = only(job.data.train, digit), job.settings.lora_epochs
-    cost = train(full, images, job.seed, "full fine-tuning", lr=FULL_LR, epochs=epochs)
-    return full, score("digit/full", evaluate(full, test), test, digit, **cost)
 
 
 def turn(split: Split, angle: float) -> Split:
@@ -563,64 +539,58 @@ def turn(split: Split, angle: float) -> Split:
     return Split(turned.flatten(1), split.labels)
 
 
-def new_lora(job: Job, rank: int) -> Model:
-    """The baseline with LoRA, at scaling 1, that the seed alone draws: no chapter moves another."""
+def new_lora(job: Job, rank: int, alpha: float) -> Model:
+    """The baseline with LoRA that the seed alone draws, so that no chapter moves another."""
     torch.manual_seed(job.seed)
-    return attach_lora(copy.deepcopy(job.baseline), rank, alpha=rank)
+    return attach_lora(deepcopy(job.baseline), rank, alpha)
 
 
-def turned_rows(
-    job: Job, new: NewData, method: str, turned: Tensor, upright: Tensor, **more: Any
-) -> Rows:
-    """Rows of a method from its logits of turned and of upright test images: of all, of an eighth.
+def score_turned(
+    job: Job, tuned: Tuned, method: str, model: Model, every: int = 1, **more: Any
+) -> Row:
+    """The row of a model on turned test images; `accuracy_upright` is of the same images upright.
 
-    `accuracy_upright` is what it gets right of the upright ones.
+    The many models of a curve see every eighth image alone. To compare others with them, `eighth`
+    in the name of a metric stands for these 1,250 images.
     """
-    rows = []
-    for name, which in ((method, slice(None)), (f"{method}_at_1.0", EIGHTH)):
-        more["accuracy_upright"] = accuracy(upright[which], job.data.test.take(which))
-        split = new.test.take(which)
-        rows.append(score(f"new_data/{name}", turned[which], split, job.digit, **more))
-    return rows
+    test = tuned.test[::every]
+    turned, upright = evaluate(model, test), evaluate(model, job.data.test[::every])
+    eighth = slice(None, None, 8 // every)
+    more["accuracy_upright"] = accuracy(upright, test)
+    more["accuracy_eighth"] = accuracy(turned[eighth], test[eighth])
+    more["accuracy_upright_eighth"] = accuracy(upright[eighth], test[eighth])
+    return score(f"new_data/{method}", turned, test, job.digit, **more)
 
 
-def weight_change(before: Model, after: Model) -> list[float]:
-    """How far training moved the weight of each layer, as a share of the weight's own norm."""
+def learn_turned(job: Job, tuned: Tuned, method: str, model: Model, every: int = 1) -> Row:
+    """Train a model on turned digits and score it; `weight_change` says how far training went."""
+    cost = train(model, tuned.train, job.seed, f"turned: {method}", NEW_DATA_LR[method])
     moved = []
     for layer in LAYERS:
-        old = weight(before, layer)
-        moved.append(float((weight(after, layer) - old).norm() / old.norm()))
-    return moved
+        old = weight(job.baseline, layer)
+        moved.append(float((weight(model, layer) - old).norm() / old.norm()))
+    cost["weight_change"] = moved  # of each layer, as a share of the norm of its weight
+    return score_turned(job, tuned, method, model, every, **cost)
 
 
-def train_turned(job: Job, new: NewData, method: str, model: Model) -> Row:
-    """Train a model on turned digits; returns what it cost, and how far it moved the weights."""
-    lr = NEW_DATA_LR[method]
-    cost = train(model, new.train, job.seed, f"turned digits: {method}", lr=lr)
-    return cost | {"weight_change": weight_change(job.baseline, model)}
+def fine_tune(job: Job) -> Tuned:
+    """Full fine-tuning on the digit; then turned digits, learned from 5,000, in two ways."""
+    full, data, angle = deepcopy(job.baseline), job.data, job.settings.angle
+    epochs = job.settings.lora_epochs
+    cost = train(full, job.images, job.seed, "full fine-tuning", FULL_LR, epochs)
+    rows = [score("digit/full", evaluate(full, data.test), data.test, job.digit, **cost)]
 
-
-def learn_turned(job: Job, new: NewData, method: str, model: Model) -> Rows:
-    """Train a model on turned digits, and score it on all test images, turned and upright."""
-    cost = train_turned(job, new, method, model)
-    turned, upright = evaluate(model, new.test), evaluate(model, job.data.test)
-    return turned_rows(job, new, method, turned, upright, **cost)
-
-
-def learn_new_data(job: Job) -> NewData:
-    """Learn to read turned digits from 5,000 of them: LoRA of rank 8, and full fine-tuning."""
-    few = turn(job.data.train.take(slice(5000)), job.settings.angle)
-    test = turn(job.data.test, job.settings.angle)
-    new = NewData(few, test, new_lora(job, 8), copy.deepcopy(job.baseline), [])
-    new.rows.extend(learn_turned(job, new, "lora_rank8", new.lora))
-    new.rows.extend(learn_turned(job, new, "full", new.full))
-    check_lora(job.baseline, new.lora, 8, job.data.validation.take(slice(100)))
-    return new
+    few, test = turn(data.train[:5000], angle), turn(data.test, angle)
+    tuned = Tuned(full, few, test, new_lora(job, 8, alpha=8), deepcopy(job.baseline), rows)
+    rows.append(learn_turned(job, tuned, "lora_rank8", tuned.new_lora))
+    rows.append(learn_turned(job, tuned, "full", tuned.new_full))
+    check_lora(job.baseline, tuned.new_lora, 8, data.validation[:100])
+    return tuned
 
 
 # --- Question 1: what did it cost, and would something simpler do? --------------------------------
 
-BIASES = range(9)  # that the picture shows
+BIASES = range(6)  # that the picture shows
 OTHERS = 3  # images of other digits for each image of the digit; chosen on validation from 1, 3, 9
 METHODS = {
     "digit/baseline": "baseline",
@@ -636,49 +606,44 @@ METHODS = {
 def add_other_digits(split: Split, digit: int, seed: int) -> Split:
     """The images of a digit, and OTHERS times as many of other digits, drawn by the seed."""
     order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
-    order = order.to(split.labels.device)
-    own = split.labels[order] == digit
-    images, others = order[own], order[~own]
-    return split.take(torch.cat([images, others[: OTHERS * len(images)]]))
+    labels = split.labels.cpu()[order]
+    own, others = order[labels == digit], order[labels != digit]
+    return split[torch.cat([own, others[: OTHERS * len(own)]])]
 
 
-def compare_methods(job: Job) -> Rows:
+def compare_methods(job: Job) -> Iterator[Row]:
     """Other ways to fewer errors on the digit, and why the simplest of them works."""
-    settings, lora, before = job.settings, job.lora, job.before
-    digit, test, validation = settings.digit, job.data.test, job.data.validation
+    settings, digit, before = job.settings, job.digit, job.before
+    test, validation, lora = job.data.test, job.data.validation, deepcopy(job.lora)
     plain, changed = evaluate(job.baseline, validation), evaluate(lora, validation)
-    rows = [score("validation/baseline", plain, validation, digit)]
-
-    def add(method: str, logits: Tensor, **more: Any) -> None:
-        rows.append(score(f"digit/{method}", logits, test, digit, **more))
-
-    add("constant_part", before + (changed - plain).mean(0))
+    yield score("validation/baseline", plain, validation, digit)
+    average = (changed - plain).mean(0)
+    yield score("digit/constant_part", before + average, test, digit)
 
     # The largest strength, and the largest bias, that cost at most one point of accuracy.
-    one_hot = F.one_hot(torch.tensor(digit), 10).to(before)
     least = accuracy(plain, validation) - 0.01 - 1e-9  # for rounding
     strength, bias = 1.0, 8.0
     while accuracy(changed, validation) < least:
         strength = round(strength - 0.1, 1)
         changed = evaluate(set_strength(lora, strength), validation)
+    yield score("digit/lora_balanced", evaluate(lora, test), test, digit, strength=strength)
+    set_strength(lora, 0.75)
+    yield score("digit/lora_at_0.75", evaluate(lora, test), test, digit, strength=0.75)
+
+    one_hot = F.one_hot(torch.tensor(digit), 10).to(before)
     while accuracy(plain + bias * one_hot, validation) < least:
         bias -= 0.25
-    add("lora_balanced", evaluate(set_strength(lora, strength), test), strength=strength)
-    add("logit_bias", before + bias * one_hot, strength=bias)
-
-    add("lora_at_0.75", evaluate(set_strength(lora, 0.75), test), strength=0.75)
-    set_strength(lora, 1.0)
+    yield score("digit/logit_bias", before + bias * one_hot, test, digit, strength=bias)
     for bias in BIASES:
-        add(f"logit_bias_at_{bias}", before + bias * one_hot, strength=bias)
+        name, logits = f"digit/logit_bias_at_{bias}", before + bias * one_hot
+        yield score(name, logits, test, digit, strength=bias)
 
-    torch.manual_seed(job.seed)
-    replay = attach_lora(copy.deepcopy(job.baseline), settings.rank, settings.alpha)
+    replay = new_lora(job, settings.rank, settings.alpha)
     images = add_other_digits(job.data.train, digit, job.seed)
     lr, epochs = settings.lora_lr, settings.lora_epochs
     batch = 128 * (1 + OTHERS)  # so that there are as many steps, with as many images of the digit
     cost = train(replay, images, job.seed, "LoRA + other digits", lr, epochs, batch)
-    add("lora_replay", evaluate(replay, test), **cost)
-    return rows
+    yield score("digit/lora_replay", evaluate(replay, test), test, digit, **cost)
 
 
 def print_comparison(rows: Rows, digit: int) -> None:
@@ -692,21 +657,20 @@ def print_comparison(rows: Rows, digit: int) -> None:
     print_methods(f"1. learning {digit}", rows, METHODS, columns)
     strength = text(rows, "digit/lora_balanced", "strength")
     bias = text(rows, "digit/logit_bias", "strength")
-    print(f"  strength {strength}, bias {bias}: the largest that cost 1 point on validation")
+    print(f"  strength {strength}, bias {bias}: each loses at most 1 point on validation images")
     print(f"  LoRA + other digits: {OTHERS} images of others for each {digit} in its training data")
     print("  mean change: LoRA's average effect on the ten outputs, the same for all images\n")
 
 
 def draw_trade_off(rows: Rows, digit: int) -> Figure:
     """Accuracy against errors on the digit."""
-    figure = new_figure("A bias on one output does what LoRA does", height=5)
-    axes, x, y = figure.subplots(), "digit_errors", "accuracy"
-    dial = ["digit/baseline", "digit/lora_balanced", "digit/lora_at_0.75", "digit/lora"]
-    draw_curve(axes, rows, dial, x, y, BLUE, "LoRA at strengths 0 to 1")
-    dial = [f"digit/logit_bias_at_{bias}" for bias in BIASES]
-    draw_curve(axes, rows, dial, x, y, ORANGE, f"bias on the logit of {digit}: 0, 1, 2 …")
-    draw_methods(axes, rows, METHODS, x, y)
-    axes.set_ylim(bottom=mean(rows, "digit/full", "accuracy") - 0.02)
+    figure, axes = new_figure("A bias on one output does what LoRA does", height=5)
+    names = ["baseline", "lora_balanced", "lora_at_0.75", "lora"]
+    dials = {
+        "LoRA at strengths 0 to 1": [f"digit/{name}" for name in names],
+        f"bias on the logit of {digit}: 0 to 5": [f"digit/logit_bias_at_{x}" for x in BIASES],
+    }
+    draw_plane(axes, rows, "digit_errors", "accuracy", dials, METHODS)
     axes.set(xlabel=f"errors on {digit}, {seeds_note(rows)}", ylabel="right, of all digits")
     axes.text(0.01, 0.99, "↖ better", transform=axes.transAxes, va="top")
     return figure
@@ -715,47 +679,43 @@ def draw_trade_off(rows: Rows, digit: int) -> Figure:
 # --- Question 2: why is low rank enough, and when is it not? --------------------------------------
 
 RANKS = [1, 2, 4, 8, 16]
-CURVES = {  # of the rows on an eighth of the test images, by rank
-    "LoRA of this rank": [f"new_data/lora_rank{x}" for x in ("1", "2", "4", "8_at_1.0", "16")],
+CURVES = {
+    "LoRA of this rank": [f"new_data/lora_rank{rank}" for rank in RANKS],
     "full cut to this rank": [f"new_data/full_part_rank{rank}" for rank in RANKS],
 }
 
 
-def cut(matrix: Tensor, ranks: Sequence[int]) -> dict[int, Tensor]:
-    """The matrix of each of these ranks that is nearest to a matrix (Eckart and Young 1936)."""
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return {rank: U[:, :rank] * S[:rank] @ Vh[:rank] for rank in ranks}
+def cut(matrix: Tensor, rank: int) -> Tensor:
+    """The matrix of this rank that is nearest to a matrix (Eckart and Young 1936)."""
+    torch.manual_seed(0)  # the search for the largest singular values starts at random vectors
+    U, S, V = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
+    return U[:, :rank] * S[:rank] @ V[:, :rank].T
 
 
-def cut_change(before: Model, after: Model, ranks: Sequence[int]) -> dict[int, Model]:
-    """For each rank, `before` plus what training added to its weights, cut to that rank."""
-    models = {rank: copy.deepcopy(before) for rank in ranks}
+def cut_change(before: Model, after: Model, rank: int) -> Model:
+    """A copy of `before`, plus what training added to its weights, cut to this rank."""
+    model = deepcopy(before)
     for layer in LAYERS:
-        for rank, low in cut(weight(after, layer) - weight(before, layer), ranks).items():
-            weight(models[rank], layer).add_(low)
-    return models
+        weight(model, layer).add_(cut(weight(after, layer) - weight(before, layer), rank))
+    return model
 
 
-def cut_to_low_rank(job: Job, full: Model, new: NewData) -> Rows:
-    """Cut what full fine-tuning changed to low rank, on the digit and on new data."""
-    baseline, test = job.baseline, job.data.test
-    logits = evaluate(cut_change(baseline, full, [1])[1], test)
-    rows = [score("digit/full_rank1", logits, test, job.digit)]
-    some = new.test.take(EIGHTH)
-    for rank, model in cut_change(baseline, new.full, RANKS).items():
-        name = f"new_data/full_part_rank{rank}"
-        rows.append(score(name, evaluate(model, some), some, job.digit))
-        if rank != 8:
-            lora, method = new_lora(job, rank), f"lora_rank{rank}"
-            cost = train_turned(job, new, method, lora)
-            rows.append(score(f"new_data/{method}", evaluate(lora, some), some, job.digit, **cost))
-    return rows
+def cut_to_low_rank(job: Job, tuned: Tuned) -> Iterator[Row]:
+    """Full fine-tuning cut to low rank, on the digit and on new data; and LoRA of these ranks."""
+    part, test = cut_change(job.baseline, tuned.full, rank=1), job.data.test
+    yield score("digit/full_rank1", evaluate(part, test), test, job.digit)
+    for rank in RANKS:
+        part = cut_change(job.baseline, tuned.new_full, rank)
+        yield score_turned(job, tuned, f"full_part_rank{rank}", part, every=8)
+        if rank != 8:  # which is there
+            lora = new_lora(job, rank, alpha=rank)
+            yield learn_turned(job, tuned, f"lora_rank{rank}", lora, every=8)
 
 
 def print_low_rank(rows: Rows, digit: int) -> None:
     lines = [["2. turned (of 1,250)", *[f"rank {rank}" for rank in RANKS]]]
     for label, names in CURVES.items():
-        lines.append([label, *[text(rows, name, "accuracy") for name in names]])
+        lines.append([label, *[text(rows, name, "accuracy_eighth") for name in names]])
     print_table(lines)
     whole = text(rows, "digit/full", "digit_errors")
     part = text(rows, "digit/full_rank1", "digit_errors")
@@ -764,25 +724,24 @@ def print_low_rank(rows: Rows, digit: int) -> None:
 
 def draw_low_rank(rows: Rows, job: Job) -> Figure:
     """An image cut to several ranks; below, what is read of turned digits, over the rank."""
-    figure = new_figure("At ranks 1 to 8, LoRA beats fine-tuning cut to them", height=6)
-    top, bottom = figure.subplots(2, height_ratios=[1, 2.4])
-    image = pixels(only(job.data.test, job.digit))[0]
-    ranks = [f"rank {rank}" for rank in RANKS]
-    tiles = torch.stack([*cut(image, RANKS).values(), image])
-    draw_tiles(top, tiles, [*ranks, "image"])
-    curves = [[mean(rows, name, "accuracy") for name in names] for names in CURVES.values()]
-    for label, color, curve, other in zip(CURVES, (BLUE, ORANGE), curves, reversed(curves)):
-        bottom.plot(ranks, curve, "o-", color=color, label=label)
-        for rank, height, beside in zip(ranks, curve, other):
-            shift = 0.01 if height >= beside else -0.03  # the number of the higher one above it
-            bottom.text(rank, height + shift, f"{height:.0%}", ha="center")
-    ceiling = mean(rows, "new_data/full_at_1.0", "accuracy")
+    title, shape = "At ranks 1 to 8, LoRA beats fine-tuning cut to them", [1, 2.4]
+    figure, (top, bottom) = new_figure(title, height=6, nrows=2, height_ratios=shape)
+    test, ranks = job.data.test, [f"rank {rank}" for rank in RANKS]
+    image = pixels(test[test.labels == job.digit])[0]
+    tiles = [cut(image, rank) for rank in RANKS]
+    draw_tiles(top, torch.stack([*tiles, image]), [*ranks, "image"])
+    ceiling = mean(rows, "new_data/full", "accuracy_eighth")
     bottom.axhline(ceiling, color=GREY, ls="--", label=f"full fine-tuning: {ceiling:.0%}")
-    bottom.yaxis.set_major_formatter("{x:.0%}")
+    look = {"ha": "center", "textcoords": "offset points", "bbox": {"color": "white", "pad": 0}}
+    for (label, names), color, above in zip(CURVES.items(), (BLUE, ORANGE), (8, -18)):
+        heights = [mean(rows, name, "accuracy_eighth") for name in names]
+        bottom.plot(ranks, heights, "o-", color=color, label=label)
+        for rank, height in zip(ranks, heights):
+            bottom.annotate(f"{height:.0%}", (rank, height), (0, above), color=color, **look)
+    bottom.yaxis.set_major_formatter(PercentFormatter(1))
     bottom.margins(y=0.15)
-    bottom.set_ylabel("right, of 1,250 turned digits")
-    bottom.set_xlabel(f"rank ({seeds_note(rows)})")
-    bottom.legend(frameon=False)
+    bottom.set(xlabel=seeds_note(rows), ylabel="right, of 1,250 turned digits")
+    bottom.legend()
     return figure
 
 
@@ -798,31 +757,23 @@ NEW_METHODS = {
 }
 
 
-def learn_and_forget(job: Job, new: NewData) -> Rows:
+def learn_and_forget(job: Job, tuned: Tuned) -> Iterator[Row]:
     """What else learns turned digits, and what each way forgets of upright ones."""
-    baseline = job.baseline
-    rows = learn_turned(job, new, "full_matched", copy.deepcopy(baseline))
+    yield score_turned(job, tuned, "baseline", job.baseline)
+    ten = deepcopy(job.baseline).requires_grad_(False)
+    ten.get_parameter("linear3.bias").requires_grad_()
+    yield learn_turned(job, tuned, "biases", ten)
+    yield learn_turned(job, tuned, "full_matched", deepcopy(job.baseline))
 
-    ten = copy.deepcopy(baseline).requires_grad_(False)
-    bias = ten.get_parameter("linear3.bias").requires_grad_()
-    cost = train(ten, new.train, job.seed, "ten biases", lr=NEW_DATA_LR["biases"])
-    shift = bias.detach() - baseline.get_parameter("linear3.bias").detach()
-    turned, upright = evaluate(baseline, new.test), job.before
-    rows += turned_rows(job, new, "baseline", turned, upright)
-    rows += turned_rows(job, new, "biases", turned + shift, upright + shift, **cost)
-
-    some, old = new.test.take(EIGHTH), job.data.test.take(EIGHTH)
+    lora = deepcopy(tuned.new_lora)
     for strength in DIAL:
-        between = copy.deepcopy(baseline)  # weights on the way to full fine-tuning
-        for parameter, end in zip(between.parameters(), new.full.parameters()):
+        between = deepcopy(job.baseline)  # weights on the way to full fine-tuning
+        for parameter, end in zip(between.parameters(), tuned.new_full.parameters()):
             parameter.data.lerp_(end.data, strength)
-        set_strength(new.lora, strength)
-        for method, model in (("lora_rank8", new.lora), ("full", between)):
-            name = f"new_data/{method}_at_{strength}"
-            right = {"accuracy_upright": accuracy(evaluate(model, old), old), "strength": strength}
-            rows.append(score(name, evaluate(model, some), some, job.digit, **right))
-    set_strength(new.lora, 1.0)
-    return rows
+        set_strength(lora, strength)
+        for method, model in (("lora_rank8", lora), ("full", between)):
+            name = f"{method}_at_{strength}"
+            yield score_turned(job, tuned, name, model, every=8, strength=strength)
 
 
 def print_new_data(rows: Rows, angle: float) -> None:
@@ -833,35 +784,35 @@ def print_new_data(rows: Rows, angle: float) -> None:
         "file bytes": "file_bytes",
     }
     print_methods("3. turned (of 10,000)", rows, NEW_METHODS, columns)
-    print(f"  turned by {angle:g} degrees; switched off, LoRA is exactly the baseline")
+    print(f"  turned by {angle:g} degrees; switched off, LoRA is exactly the baseline\n")
 
 
-def draw_new_data(rows: Rows, job: Job, new: NewData) -> Figure:
+def draw_new_data(rows: Rows, job: Job, tuned: Tuned) -> Figure:
     """What is said of the first turned digits; then, what each method learned and forgot."""
-    figure = new_figure("LoRA learns turned digits and forgets upright ones", height=8)
-    top, middle, bottom = figure.subplots(3, height_ratios=[1, 1, 5])
-    first = new.test.take(slice(8))
-    for axes, name, model in ((top, "the baseline", job.baseline), (middle, "LoRA", new.lora)):
+    title, shape = "LoRA learns turned digits and forgets upright ones", [1, 1, 5]
+    figure, (top, middle, bottom) = new_figure(title, height=8, nrows=3, height_ratios=shape)
+    first = tuned.test[:8]
+    for axes, name, model in (
+        (top, "the baseline", job.baseline),
+        (middle, "LoRA", tuned.new_lora),
+    ):
         says = evaluate(model, first).argmax(1)
         colors = [BLUE if right else ORANGE for right in says == first.labels]
-        draw_tiles(axes, pixels(first), [str(int(digit)) for digit in says], colors)
+        draw_tiles(axes, pixels(first), says.tolist(), colors)
         axes.set_title(f"{name} says")
-    x, y = "accuracy", "accuracy_upright"
-    for method, color, label in (
-        ("lora_rank8", BLUE, "LoRA"),
-        ("full", ORANGE, "full fine-tuning"),
-    ):
+    dials = {}
+    for method, label in (("lora_rank8", "LoRA"), ("full", "full fine-tuning")):
         steps = [f"new_data/{method}_at_{strength}" for strength in DIAL]
-        dial = ["new_data/baseline_at_1.0", *steps, f"new_data/{method}_at_1.0"]
-        draw_curve(bottom, rows, dial, x, y, color, f"{label} at strengths 0 to 1")
-    bottom.text(0.99, 0.99, "better ↗", transform=bottom.transAxes, ha="right", va="top")
-    points = {f"{name}_at_1.0": label for name, label in NEW_METHODS.items()}
-    draw_methods(bottom, rows, points, x, y)
-    bottom.xaxis.set_major_formatter("{x:.0%}")
+        dial = ["new_data/baseline", *steps, f"new_data/{method}"]
+        dials[f"{label} at strengths 0 to 1"] = dial
+    x, y = "accuracy_eighth", "accuracy_upright_eighth"
+    draw_plane(bottom, rows, x, y, dials, NEW_METHODS)
+    bottom.xaxis.set_major_formatter(PercentFormatter(1))
     bottom.set(
-        xlabel=f"right, of 1,250 turned digits, {seeds_note(rows)}",
-        ylabel="right, of the same upright",
+        xlabel=f"right, of 1,250 digits turned, {seeds_note(rows)}",
+        ylabel="right, of the same digits upright",
     )
+    bottom.text(0.99, 0.99, "better ↗", transform=bottom.transAxes, ha="right", va="top")
     return figure
 
 
@@ -897,29 +848,47 @@ def load_mnist(folder: Path, device: torch.device) -> Data:
         pixels = images[16:].view(-1, 28 * 28).float()  # behind a header of 16 bytes; labels: 8
         splits.append(Split(pixels.div_(255).sub_(MEAN).div_(STD), labels[8:].long()))
     train, test = splits
-    return Data(train.take(slice(55_000)), train.take(slice(55_000, None)), test)
+    return Data(train[:55_000], train[55_000:], test)
 
 
-def adapter_state(model: Model) -> dict[str, Tensor]:
-    """LoRA's tensors by the names that Hugging Face PEFT reads ("PEFT checkpoint format")."""
-    state = {}
-    for name, lora in lora_layers(model).items():
-        for matrix in ("lora_A", "lora_B"):
-            state[f"base_model.model.{name}.{matrix}.weight"] = lora.get_parameter(matrix).data
-    return state
-
-
-def to_bytes(state: Mapping[str, Tensor]) -> bytes:
+def to_bytes(state: dict[str, Tensor]) -> bytes:
     """What torch.save writes: into memory, since into a file it writes the file's name too."""
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
     return buffer.getvalue()
 
 
+def trained_state(model: Model) -> dict[str, Tensor]:
+    """The tensors that training changes; LoRA's by the names that Hugging Face PEFT reads."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        layer, is_lora, matrix = name.partition(".parametrizations.weight.0.")
+        if is_lora:
+            name = f"base_model.model.{layer}.{matrix}.weight"
+        if parameter.requires_grad:
+            state[name] = parameter.detach()
+    return state
+
+
+def weights(job: Job) -> dict[str, bytes]:
+    """The baseline, and LoRA in the format of Hugging Face PEFT, as files."""
+    config = {
+        "peft_type": "LORA",
+        "r": job.settings.rank,
+        "lora_alpha": job.settings.alpha,
+        "target_modules": list(lora_layers(job.lora)),
+    }
+    return {
+        "baseline.pt": to_bytes(job.baseline.state_dict()),
+        "adapter/adapter_config.json": (json.dumps(config, indent=1) + "\n").encode(),
+        "adapter/adapter_model.bin": to_bytes(trained_state(job.lora)),
+    }
+
+
 def metrics(settings: Settings, device: torch.device, rows: Rows) -> bytes:
     """metrics.json, a line for each row: no date, time or folder, so that runs can be compared."""
     environment = {
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "torch": torch.__version__,
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -927,12 +896,11 @@ def metrics(settings: Settings, device: torch.device, rows: Rows) -> bytes:
         "bfloat16": BFLOAT16 and device.type == "cpu",
     }
     config = {name: x for name, x in asdict(settings).items() if not name.endswith("_dir")}
-    head = f'{{"config": {json.dumps(config)},\n"environment": {json.dumps(environment)},\n'
-    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    return f'{head}"rows": [\n{lines}\n]}}\n'.encode()
+    content = {"config": config, "environment": environment, "rows": rows}
+    return json.dumps(content, allow_nan=False).replace('{"seed"', '\n{"seed"').encode()
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write all under other names, then rename: each file is the old one or the new one."""
     try:
         (folder / "adapter").mkdir(parents=True, exist_ok=True)
@@ -971,7 +939,7 @@ def timed(name: str) -> Iterator[None]:
     tqdm.write(f"  {name:<62}{time.perf_counter() - start:6.1f} s")  # between the bars
 
 
-def parse(arguments: Sequence[str] | None) -> Settings:
+def parse(arguments: list[str] | None) -> Settings:
     """The settings that the command line asks for; argparse ends the script if one is wrong."""
     parser = argparse.ArgumentParser(
         description="LoRA on MNIST, in one script.",
@@ -1011,86 +979,75 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: there is none here; give auto or cpu") from error
 
 
-def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Rows, Job, NewData | None]:
+def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Rows, Job, Tuned | None]:
     """All that is measured for one seed, and what its pictures show."""
+    tuned = None
     with timed(f"seed {seed}: the main job, a baseline and LoRA"):
-        job, new = main_job(settings, seed, data), None
+        job = main_job(settings, seed, data)
         rows = job.rows
     if not settings.main_job_only:
         with timed(f"seed {seed}: full fine-tuning, and new data"):
-            full, row = fine_tune_all(job)
-            new = learn_new_data(job)
-            rows = [*rows, row, *new.rows]
+            tuned = fine_tune(job)
+            rows += tuned.rows
         with timed(f"seed {seed}: question 1, would something simpler do?"):
             rows += compare_methods(job)
         with timed(f"seed {seed}: question 2, why is low rank enough?"):
-            rows += cut_to_low_rank(job, full, new)
+            rows += cut_to_low_rank(job, tuned)
         with timed(f"seed {seed}: question 3, what is LoRA for?"):
-            rows += learn_and_forget(job, new)
-    return [{"seed": seed, **row} for row in rows], job, new
+            rows += learn_and_forget(job, tuned)
+    return [{"seed": seed, **row} for row in rows], job, tuned
+
+
+def draw(rows: Rows, job: Job, tuned: Tuned | None) -> dict[str, bytes]:
+    """All pictures, as files: the rows of all seeds, and images of the first."""
+    figures, files = {}, {}
+    # From matplotlib's defaults: a user's own style must neither change nor break the pictures.
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figures["examples.png"] = draw_examples(job)
+        figures["error_counts.png"] = draw_errors(rows, job.digit)
+        if "linear1" in lora_layers(job.lora):  # whose lora_A is an image
+            figures["learned.png"] = draw_learned(job)
+        if tuned:
+            figures["trade_off.png"] = draw_trade_off(rows, job.digit)
+            figures["low_rank.png"] = draw_low_rank(rows, job)
+            figures["new_data.png"] = draw_new_data(rows, job, tuned)
+        for name, figure in figures.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=150)
+            files[name] = buffer.getvalue()
+    return files
 
 
 def run(settings: Settings) -> None:
     """Read the data, measure each seed, print, draw, and write the files."""
     make_repeatable()
-    digit, device = settings.digit, pick_device(settings.device)
+    digit, folder, device = settings.digit, settings.output_dir, pick_device(settings.device)
     data = load_mnist(settings.data_dir, device)
-    write_files(settings.output_dir, {})  # if it cannot be written, this says so before training
-    print(
-        f"LoRA on MNIST: digit {digit}, rank {settings.rank}, {device} (--help lists the options)"
-    )
+    write_files(folder, {})  # if it cannot be written, this says so before training
+    print(f"LoRA on MNIST: digit {digit}, rank {settings.rank}, {device} (options: --help)")
     rows: Rows = []
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        found, job, new = run_seed(settings, seed, data)
+        found, job, tuned = run_seed(settings, seed, data)
         if not rows:
-            first, first_new = job, new
+            first, first_tuned = job, tuned
         rows += found
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
 
     print(f"\n  on test images, {seeds_note(rows)}:")
     print_main_job(rows, first)
-    if first_new:
+    if first_tuned:
         print_comparison(rows, digit)
         print_low_rank(rows, digit)
         print_new_data(rows, settings.angle)
 
-    files = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own style must neither change nor break the pictures
-        matplotlib.rcParams.update(STYLE)
-        figures = {
-            "examples.png": draw_examples(first),
-            "error_counts.png": draw_errors(rows, first),
-        }
-        if "linear1" in lora_layers(first.lora):  # whose lora_A is an image
-            figures["learned.png"] = draw_learned(first)
-        if first_new:
-            figures |= {
-                "trade_off.png": draw_trade_off(rows, digit),
-                "low_rank.png": draw_low_rank(rows, first),
-                "new_data.png": draw_new_data(rows, first, first_new),
-            }
-        for name, figure in figures.items():
-            figure.savefig(buffer := io.BytesIO(), format="png", dpi=150)
-            files[name] = buffer.getvalue()
-    adapter = {
-        "peft_type": "LORA",
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "target_modules": list(lora_layers(first.lora)),
-    }
-    files["metrics.json"] = metrics(settings, device, rows)
-    files["baseline.pt"] = to_bytes(first.baseline.state_dict())
-    files["adapter/adapter_config.json"] = (json.dumps(adapter, indent=1) + "\n").encode()
-    files["adapter/adapter_model.bin"] = to_bytes(adapter_state(first.lora))
+    pictures = draw(rows, first, first_tuned)
+    files = {"metrics.json": metrics(settings, device, rows), **weights(first), **pictures}
     with ThreadPoolExecutor() as writer:  # Ctrl-C stops the main thread alone: this one finishes
-        writer.submit(write_files, settings.output_dir, files).result()
-    print(
-        f"\nin {settings.output_dir}: {len(figures)} pictures, metrics.json, baseline.pt, adapter/"
-    )
+        writer.submit(write_files, folder, files).result()
+    print(f"in {folder}: {len(pictures)} pictures, metrics.json, baseline.pt, adapter/")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         run(parse(arguments))
@@ -1101,8 +1058,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status, message = error.status, str(error)
     except OSError as error:  # of printing: `| head` leaves early, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
-        if isinstance(error, BrokenPipeError):
-            return 141
         status, message = 2, f"cannot print: {error.strerror}; send the output elsewhere"
     print(f"main.py: {message}", file=sys.stderr)
     return status

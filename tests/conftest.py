@@ -1,7 +1,5 @@
 """What the tests share: small data, and one whole run of the script as a user runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -26,15 +24,13 @@ RAW = main.Settings().data_dir / "MNIST" / "raw"
 
 @dataclass(frozen=True)
 class WholeRun:
-    folder: Path  # the current folder of the run, with its outputs
+    outputs: Path
     stdout: str
     stderr: str
-    metrics: dict[str, Any]
-    data_before: dict[str, tuple[int, int]]  # of each file of data/: size and time of change
-    data_after: dict[str, tuple[int, int]]
+    rows: list[dict[str, Any]]
 
     def row(self, name: str) -> dict[str, Any]:
-        return named(self.metrics["rows"], name)
+        return named(self.rows, name)
 
 
 def named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -43,37 +39,22 @@ def named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return row
 
 
-def data_files() -> dict[str, tuple[int, int]]:
-    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in RAW.iterdir()}
-
-
 @pytest.fixture(scope="session")
 def mnist() -> main.Data:
     main.make_repeatable()
     return main.load_mnist(main.Settings().data_dir, torch.device("cpu"))
 
 
-Started = tuple[Path, subprocess.Popen[bytes], dict[str, tuple[int, int]]]
-
-
 @pytest.fixture(scope="session")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    """`python /path/to/main.py > log` in another folder, with no display."""
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`python /path/to/main.py > stdout` in another folder, with no display."""
     folder = tmp_path_factory.mktemp("elsewhere")
     hidden = ("MPLBACKEND", "DISPLAY", "WAYLAND_DISPLAY")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    before = data_files()
-    with (
-        (folder / "log").open("w") as log,
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT)],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.PIPE,
-        ) as process,
-    ):
-        yield folder, process, before
+    shown = {key: value for key, value in os.environ.items() if key not in hidden}
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+        command = [sys.executable, str(SCRIPT)]
+        with subprocess.Popen(command, cwd=folder, env=shown, stdout=out, stderr=err) as process:
+            yield folder, process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,23 +65,20 @@ def _start_the_whole_run_first(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def whole_run(started: Started) -> WholeRun:
-    folder, process, before = started
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
-    return WholeRun(
-        folder=folder,
-        stdout=(folder / "log").read_bytes().decode(),  # with its \r, if there is any
-        stderr=errors.decode(),
-        metrics=json.loads((folder / "outputs" / "metrics.json").read_text()),
-        data_before=before,
-        data_after=data_files(),
-    )
+def whole_run(started: Any) -> WholeRun:
+    folder, process = started
+    status = process.wait()
+    # as bytes first, which keeps its \r, if there is any
+    out, err = ((folder / name).read_bytes().decode() for name in ("stdout", "stderr"))
+    assert status == 0, err
+    assert {path.name for path in folder.iterdir()} == {"stdout", "stderr", "outputs"}
+    metrics = json.loads((folder / "outputs" / "metrics.json").read_text())
+    return WholeRun(folder / "outputs", out, err, metrics["rows"])
 
 
 def first_images(data: main.Data, train: int, validation: int, test: int) -> main.Data:
     """The first images of each split, in memory of their own."""
-    sizes = zip((data.train, data.validation, data.test), (train, validation, test), strict=True)
+    sizes = zip(data, (train, validation, test), strict=True)
     return main.Data(*(main.Split(x.images[:n].clone(), x.labels[:n].clone()) for x, n in sizes))
 
 

@@ -1,4 +1,4 @@
-"""Try the grids that main.py's constants were chosen from: `python tests/choose_rates.py`.
+"""Try the grids that main.py's constants were chosen from: `python results/choose_rates.py`.
 
 Run by hand: it takes some ten minutes and writes results/rates.json, a row for each seed, method
 and setting tried. All but the rows of the task "draws" are scores on the 5,000 validation images.
@@ -7,10 +7,9 @@ results/README.md states the rules; tests/test_readme.py holds them to the file.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
-from dataclasses import replace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,8 @@ def likeness(job: main.Job) -> float:
     start, lora = (
         main.lora_layers(model)["linear1"].lora_A[0].data for model in (job.start, job.lora)
     )
-    image = main.only(job.data.train, job.digit).images.mean(0)
-    return float(torch.corrcoef(torch.stack([lora - start, image]))[0, 1].abs())
+    pair = torch.stack([lora - start, job.images.images.mean(0)])
+    return float(torch.corrcoef(pair)[0, 1].abs())
 
 
 def rank1_share(matrix: torch.Tensor) -> float:
@@ -54,22 +53,20 @@ def rank1_share(matrix: torch.Tensor) -> float:
 def try_all(seed: int, data: main.Data) -> list[dict[str, Any]]:
     """All rows of one seed, from the functions of main.py with validation in place of test."""
     settings = main.Settings()
-    chosen_on = replace(data, test=data.validation)
-    job = main.main_job(settings, seed, chosen_on)
+    job = main.main_job(settings, seed, data._replace(test=data.validation))
     rows = [job.rows[0]]
-    images = main.only(data.train, job.digit)
 
     def add(method: str, model: main.Model, **more: Any) -> None:
         logits = main.evaluate(model, data.validation)
         rows.append(main.score(f"digit/{method}", logits, data.validation, job.digit, **more))
 
     for lr in DIGIT["lora"]:
-        lora = copy.deepcopy(job.start)
-        main.train(lora, images, seed, "LoRA", lr=lr)
+        lora = deepcopy(job.start)
+        main.train(lora, job.images, seed, "LoRA", lr=lr)
         add("lora", lora, lr=lr)
     for lr in DIGIT["full"]:
-        full = copy.deepcopy(job.baseline)
-        main.train(full, images, seed, "full", lr=lr)
+        full = deepcopy(job.baseline)
+        main.train(full, job.images, seed, "full", lr=lr)
         add("full", full, lr=lr)
         if lr == main.FULL_LR:
             layers = [(main.weight(job.baseline, x), main.weight(full, x)) for x in main.LAYERS]
@@ -77,34 +74,29 @@ def try_all(seed: int, data: main.Data) -> list[dict[str, Any]]:
             rows[-1]["weights_in_rank1"] = [rank1_share(before) for before, _ in layers]
     for others in OTHERS:
         main.OTHERS = others
-        torch.manual_seed(seed)
-        lora = main.attach_lora(copy.deepcopy(job.baseline), settings.rank, settings.alpha)
+        lora = main.new_lora(job, settings.rank, settings.alpha)
         mixed = main.add_other_digits(data.train, job.digit, seed)
         batch = 128 * (1 + others)
         main.train(lora, mixed, seed, "LoRA + other digits", settings.lora_lr, batch=batch)
         add("lora_replay", lora, others=others)
 
-    turned = main.turn(data.validation, settings.angle)
-    few = main.turn(data.train.take(slice(5000)), settings.angle)
-    new = main.NewData(few, turned, job.lora, job.baseline, [])
+    few, turned = (main.turn(x, settings.angle) for x in (data.train[:5000], data.validation))
+    tuned = main.Tuned(job.baseline, few, turned, job.lora, job.baseline, [])
     for method, grid in NEW_DATA.items():
         for lr in grid:
-            model = copy.deepcopy(job.baseline)
+            model = deepcopy(job.baseline)
             if method == "biases":
                 model.requires_grad_(False).get_parameter("linear3.bias").requires_grad_()
             elif method != "full":
-                model = main.new_lora(job, int(method.removeprefix("lora_rank")))
+                rank = int(method.removeprefix("lora_rank"))
+                model = main.new_lora(job, rank, alpha=rank)
             main.NEW_DATA_LR[method] = lr
-            cost = main.train_turned(job, new, method, model)
-            logits, upright = (main.evaluate(model, x) for x in (turned, data.validation))
-            more = {"accuracy_upright": main.accuracy(upright, data.validation), "lr": lr} | cost
-            rows.append(main.score(f"new_data/{method}", logits, turned, job.digit, **more))
+            rows.append(main.learn_turned(job, tuned, method, model) | {"lr": lr})
 
     # What is left to chance: LoRA of one baseline, from several draws of lora_A, on test images.
     for draw in range(5):
-        torch.manual_seed(1000 + draw)
-        lora = main.attach_lora(copy.deepcopy(job.baseline), settings.rank, settings.alpha)
-        main.train(lora, images, seed, "LoRA, another draw", lr=settings.lora_lr)
+        lora = main.new_lora(job._replace(seed=1000 + draw), settings.rank, settings.alpha)
+        main.train(lora, job.images, seed, "LoRA, another draw", lr=settings.lora_lr)
         logits = main.evaluate(lora, data.test)
         rows.append(main.score("draws/lora", logits, data.test, job.digit, draw=draw))
     rows.append({"task": "draws", "method": "lora_A", "likeness": likeness(job)})
@@ -114,14 +106,12 @@ def try_all(seed: int, data: main.Data) -> list[dict[str, Any]]:
 def write() -> None:
     main.make_repeatable()
     data = main.load_mnist(main.Settings().data_dir, torch.device("cpu"))
-    others = main.OTHERS
     rows = []
     for seed in SEEDS:
         rows += try_all(seed, data)
         print(f"seed {seed}: {len(rows)} rows")
-    main.OTHERS = others
     lines = ",\n".join(json.dumps(row) for row in rows)
-    place = Path(__file__).resolve().parent.parent / "results" / "rates.json"
+    place = Path(__file__).resolve().with_name("rates.json")
     place.write_text(f"[\n{lines}\n]\n")
 
 
