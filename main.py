@@ -168,7 +168,7 @@ class Settings:
     epochs: int = option(1, "baseline: passes over its 55,000 images", 1)
     lr: float = option(2e-3, "baseline: learning rate, which falls to 0", 1e-6, 10)
     lora_epochs: int = option(1, "on the digit: passes over its images", 1)
-    lora_lr: float = option(1.5e-3, "LoRA on the digit: learning rate, likewise", 1e-6, 10)
+    lora_lr: float = option(1.5e-3, "LoRA on the digit: learning rate, which falls to 0", 1e-6, 10)
     angle: float = option(45.0, "new data: by how many degrees digits are turned", 0, 360)
     main_job_only: bool = option(False, "leave out the three questions")
     device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda or mps")
@@ -195,7 +195,6 @@ class Data(NamedTuple):
     test: Split
 
 
-BAR: Any = {"disable": None, "leave": False, "dynamic_ncols": True}  # None: no bar in a log file
 # Training multiplies in bfloat16 where the CPU has units for it, which takes half the time.
 BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -214,7 +213,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(split.labels), generator=generator)
-        bar = tqdm(order.split(batch), name, **BAR)
+        bar = tqdm(order.split(batch), name, leave=False, disable=None)  # None: no bar in a log
         for some in bar:
             with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                 loss = F.cross_entropy(model(split.images[some]), split.labels[some])
@@ -275,17 +274,18 @@ class Job(NamedTuple):
 
 def check_lora(baseline: Model, lora: Model, rank: int, some: Split) -> Row:
     """Hold LoRA to what it promises, on some images. Raises RunError, which says what was found."""
-    overhead = count_trainable(lora) / count_trainable(baseline)
+    size = sum(rank * sum(weight(baseline, layer).shape) for layer in lora_layers(lora))
     on, merged = evaluate(lora, some), evaluate(merge_lora(baseline, lora), some)
     off = evaluate(set_strength(deepcopy(lora), 0.0), some)
     found = {
         "frozen_weights_unchanged": changed_tensors(baseline, lora),
         "lora_off_equals_baseline": int((off != evaluate(baseline, some)).sum()),
         "merged_equals_lora": int((on.argmax(1) != merged.argmax(1)).sum()),
-        "few_parameters": max(0.0, overhead - 0.0025 * rank),
+        "only_lora_trained": count_trainable(lora) - size,
     }
     if any(found.values()):
         raise RunError(f"LoRA broke a promise; what differs, by name or number: {found}")
+    overhead = size / count_trainable(baseline)
     return {"checks": dict.fromkeys(found, True), "parameter_overhead": overhead}
 
 
@@ -317,16 +317,16 @@ def print_main_job(rows: Rows, job: Job) -> None:
     print(
         f"  ok  {added:,} learned (+{added / frozen:.3%}), {frozen:,} frozen: the same, bit for bit"
     )
-    print("  ok  switched off, it is exactly the baseline; merged, it predicts the same\n")
+    print("  ok  switched off, it is exactly the baseline; merged, it predicts the same")
     print_errors(rows, job.digit)
 
 
 def draw_learned(job: Job) -> Figure:
     """Up to four rows of the first layer's lora_A, as images; and the layer's matrices to scale."""
     start, lora = (lora_layers(model)["linear1"] for model in (job.start, job.lora))
-    before, after = (layer.lora_A[:4].detach().cpu().view(-1, 28) for layer in (start, lora))
-    tiles = torch.stack([before, after - before, after])
-    title, height = f"Training writes a {job.digit} into LoRA's noise", 1 + len(after) / 14
+    before, after = (layer.lora_A[:4].detach().cpu().view(-1, 28, 28) for layer in (start, lora))
+    tiles = F.pad(torch.stack([before, after - before, after]), (0, 0, 1, 1)).flatten(1, 2)
+    title, height = f"Training writes a {job.digit} into LoRA's noise", 1 + 2 * len(after)
     figure, (left, right) = new_figure(title, height, ncols=2, width_ratios=[5, 2])
     draw_tiles(left, tiles / tiles.abs().max(), ["random start", "+ training adds", "= lora_A"])
     draw_to_scale(right, lora)
@@ -338,11 +338,10 @@ def draw_examples(job: Job) -> Figure:
     test, before, after = job.data.test, job.before.argmax(1), job.after.argmax(1)
     title = f"What LoRA puts right and spoils (seed {job.seed})"
     figure, (top, bottom) = new_figure(title, height=3.8, nrows=2)
-    for axes, color, word, right, wrong in (
-        (top, BLUE, "put right", after, before),
-        (bottom, ORANGE, "spoiled", before, after),
-    ):
-        which = (right == test.labels) & (wrong != test.labels)
+    fixed = (before != test.labels) & (after == test.labels)
+    spoiled = (before == test.labels) & (after != test.labels)
+    kinds = ((top, BLUE, "put right", fixed), (bottom, ORANGE, "spoiled", spoiled))
+    for axes, color, word, which in kinds:
         first = which.nonzero().flatten()[:8]
         words = [f"{before[i]} → {after[i]}" for i in first]
         draw_tiles(axes, pixels(test[first]), words, [color] * 8)
@@ -430,6 +429,7 @@ def print_methods(title: str, rows: Rows, methods: dict[str, str], metrics: dict
 
 def print_errors(rows: Rows, digit: int) -> None:
     """The errors on each digit and the accuracy, a line for each method; the digit is marked."""
+    print(f"\n  on test images, {seeds_note(rows)}:")
     heading = ["errors on", *"0123456789", "right"]
     heading[digit + 1] += "*"
     lines = [heading]
@@ -493,7 +493,7 @@ def draw_plane(
 ) -> None:
     """Dials as curves and methods as points, placed by two metrics; labels beside the panel."""
     for (label, names), color in zip(dials.items(), (BLUE, ORANGE)):
-        points = sorted((mean(rows, name, x), mean(rows, name, y)) for name in names)
+        points = [(mean(rows, name, x), mean(rows, name, y)) for name in names]
         axes.plot(*zip(*points), ".-", color=color, label=label)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the panel
     order = sorted(methods, key=lambda name: mean(rows, name, y))
@@ -539,10 +539,10 @@ def turn(split: Split, angle: float) -> Split:
     return Split(turned.flatten(1), split.labels)
 
 
-def new_lora(job: Job, rank: int, alpha: float) -> Model:
+def new_lora(job: Job, rank: int) -> Model:
     """The baseline with LoRA that the seed alone draws, so that no chapter moves another."""
     torch.manual_seed(job.seed)
-    return attach_lora(deepcopy(job.baseline), rank, alpha)
+    return attach_lora(deepcopy(job.baseline), rank, alpha=rank)
 
 
 def score_turned(
@@ -554,7 +554,9 @@ def score_turned(
     in the name of a metric stands for these 1,250 images.
     """
     test = tuned.test[::every]
-    turned, upright = evaluate(model, test), evaluate(model, job.data.test[::every])
+    turned, upright = evaluate(model, test), job.before
+    if model is not job.baseline:  # of which it is known
+        upright = evaluate(model, job.data.test[::every])
     eighth = slice(None, None, 8 // every)
     more["accuracy_upright"] = accuracy(upright, test)
     more["accuracy_eighth"] = accuracy(turned[eighth], test[eighth])
@@ -581,7 +583,7 @@ def fine_tune(job: Job) -> Tuned:
     rows = [score("digit/full", evaluate(full, data.test), data.test, job.digit, **cost)]
 
     few, test = turn(data.train[:5000], angle), turn(data.test, angle)
-    tuned = Tuned(full, few, test, new_lora(job, 8, alpha=8), deepcopy(job.baseline), rows)
+    tuned = Tuned(full, few, test, new_lora(job, 8), deepcopy(job.baseline), rows)
     rows.append(learn_turned(job, tuned, "lora_rank8", tuned.new_lora))
     rows.append(learn_turned(job, tuned, "full", tuned.new_full))
     check_lora(job.baseline, tuned.new_lora, 8, data.validation[:100])
@@ -590,7 +592,7 @@ def fine_tune(job: Job) -> Tuned:
 
 # --- Question 1: what did it cost, and would something simpler do? --------------------------------
 
-BIASES = range(6)  # that the picture shows
+STRENGTHS, BIASES = (0.3, 0.6), range(6)  # between the ends of two curves, and of a curve
 OTHERS = 3  # images of other digits for each image of the digit; chosen on validation from 1, 3, 9
 METHODS = {
     "digit/baseline": "baseline",
@@ -627,18 +629,19 @@ def compare_methods(job: Job) -> Iterator[Row]:
         strength = round(strength - 0.1, 1)
         changed = evaluate(set_strength(lora, strength), validation)
     yield score("digit/lora_balanced", evaluate(lora, test), test, digit, strength=strength)
-    set_strength(lora, 0.75)
-    yield score("digit/lora_at_0.75", evaluate(lora, test), test, digit, strength=0.75)
+    for strength in STRENGTHS:
+        logits = evaluate(set_strength(lora, strength), test)
+        yield score(f"digit/lora_at_{strength}", logits, test, digit, strength=strength)
 
     one_hot = F.one_hot(torch.tensor(digit), 10).to(before)
     while accuracy(plain + bias * one_hot, validation) < least:
         bias -= 0.25
     yield score("digit/logit_bias", before + bias * one_hot, test, digit, strength=bias)
     for bias in BIASES:
-        name, logits = f"digit/logit_bias_at_{bias}", before + bias * one_hot
-        yield score(name, logits, test, digit, strength=bias)
+        logits = before + bias * one_hot
+        yield score(f"digit/logit_bias_at_{bias}", logits, test, digit, strength=bias)
 
-    replay = new_lora(job, settings.rank, settings.alpha)
+    replay = deepcopy(job.start)
     images = add_other_digits(job.data.train, digit, job.seed)
     lr, epochs = settings.lora_lr, settings.lora_epochs
     batch = 128 * (1 + OTHERS)  # so that there are as many steps, with as many images of the digit
@@ -648,7 +651,7 @@ def compare_methods(job: Job) -> Iterator[Row]:
 
 def print_comparison(rows: Rows, digit: int) -> None:
     columns = {
-        f"wrong {digit}s": "digit_errors",
+        f"missed {digit}s": "digit_errors",
         f"false {digit}s": "false_positives",
         "right": "accuracy",
         "trained": "trainable_parameters",
@@ -665,9 +668,9 @@ def print_comparison(rows: Rows, digit: int) -> None:
 def draw_trade_off(rows: Rows, digit: int) -> Figure:
     """Accuracy against errors on the digit."""
     figure, axes = new_figure("A bias on one output does what LoRA does", height=5)
-    names = ["baseline", "lora_balanced", "lora_at_0.75", "lora"]
+    steps = [f"digit/lora_at_{strength}" for strength in STRENGTHS]
     dials = {
-        "LoRA at strengths 0 to 1": [f"digit/{name}" for name in names],
+        "LoRA at strengths 0 to 1": ["digit/baseline", *steps, "digit/lora"],
         f"bias on the logit of {digit}: 0 to 5": [f"digit/logit_bias_at_{x}" for x in BIASES],
     }
     draw_plane(axes, rows, "digit_errors", "accuracy", dials, METHODS)
@@ -708,7 +711,7 @@ def cut_to_low_rank(job: Job, tuned: Tuned) -> Iterator[Row]:
         part = cut_change(job.baseline, tuned.new_full, rank)
         yield score_turned(job, tuned, f"full_part_rank{rank}", part, every=8)
         if rank != 8:  # which is there
-            lora = new_lora(job, rank, alpha=rank)
+            lora = new_lora(job, rank)
             yield learn_turned(job, tuned, f"lora_rank{rank}", lora, every=8)
 
 
@@ -729,7 +732,8 @@ def draw_low_rank(rows: Rows, job: Job) -> Figure:
     test, ranks = job.data.test, [f"rank {rank}" for rank in RANKS]
     image = pixels(test[test.labels == job.digit])[0]
     tiles = [cut(image, rank) for rank in RANKS]
-    draw_tiles(top, torch.stack([*tiles, image]), [*ranks, "image"])
+    draw_tiles(top, torch.stack([*tiles, image]), [*ranks, "whole"])
+    top.set_title("one image, cut to low rank")
     ceiling = mean(rows, "new_data/full", "accuracy_eighth")
     bottom.axhline(ceiling, color=GREY, ls="--", label=f"full fine-tuning: {ceiling:.0%}")
     look = {"ha": "center", "textcoords": "offset points", "bbox": {"color": "white", "pad": 0}}
@@ -740,7 +744,7 @@ def draw_low_rank(rows: Rows, job: Job) -> Figure:
             bottom.annotate(f"{height:.0%}", (rank, height), (0, above), color=color, **look)
     bottom.yaxis.set_major_formatter(PercentFormatter(1))
     bottom.margins(y=0.15)
-    bottom.set(xlabel=seeds_note(rows), ylabel="right, of 1,250 turned digits")
+    bottom.set(xlabel=f"rank, {seeds_note(rows)}", ylabel="right, of 1,250 turned digits")
     bottom.legend()
     return figure
 
@@ -799,7 +803,7 @@ def draw_new_data(rows: Rows, job: Job, tuned: Tuned) -> Figure:
         says = evaluate(model, first).argmax(1)
         colors = [BLUE if right else ORANGE for right in says == first.labels]
         draw_tiles(axes, pixels(first), says.tolist(), colors)
-        axes.set_title(f"{name} says")
+        axes.set_title(f"{name} says (wrong in orange)")
     dials = {}
     for method, label in (("lora_rank8", "LoRA"), ("full", "full fine-tuning")):
         steps = [f"new_data/{method}_at_{strength}" for strength in DIAL]
@@ -984,7 +988,7 @@ def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Rows, Job, Tune
     tuned = None
     with timed(f"seed {seed}: the main job, a baseline and LoRA"):
         job = main_job(settings, seed, data)
-        rows = job.rows
+        rows = [*job.rows]
     if not settings.main_job_only:
         with timed(f"seed {seed}: full fine-tuning, and new data"):
             tuned = fine_tune(job)
@@ -1033,7 +1037,7 @@ def run(settings: Settings) -> None:
         rows += found
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
 
-    print(f"\n  on test images, {seeds_note(rows)}:")
+    print()
     print_main_job(rows, first)
     if first_tuned:
         print_comparison(rows, digit)
@@ -1056,8 +1060,7 @@ def main(arguments: list[str] | None = None) -> int:
         status, message = 130, "interrupted: each file in the output folder is whole"
     except (InputError, RunError) as error:
         status, message = error.status, str(error)
-    except OSError as error:  # of printing: `| head` leaves early, or the disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
+    except OSError as error:  # of printing: a reader left, as `| head` does, or the disk is full
         status, message = 2, f"cannot print: {error.strerror}; send the output elsewhere"
     print(f"main.py: {message}", file=sys.stderr)
     return status

@@ -36,12 +36,12 @@ NEW_DATA = {
 }
 
 
-def likeness(job: main.Job) -> float:
-    """How far what training added to lora_A of the first layer looks like the mean image."""
+def likeness(job: main.Job, images: torch.Tensor) -> float:
+    """How far what training added to lora_A of the first layer looks like the mean of images."""
     start, lora = (
         main.lora_layers(model)["linear1"].lora_A[0].data for model in (job.start, job.lora)
     )
-    pair = torch.stack([lora - start, job.images.images.mean(0)])
+    pair = torch.stack([lora - start, images.mean(0)])
     return float(torch.corrcoef(pair)[0, 1].abs())
 
 
@@ -74,7 +74,7 @@ def try_all(seed: int, data: main.Data) -> list[dict[str, Any]]:
             rows[-1]["weights_in_rank1"] = [rank1_share(before) for before, _ in layers]
     for others in OTHERS:
         main.OTHERS = others
-        lora = main.new_lora(job, settings.rank, settings.alpha)
+        lora = deepcopy(job.start)
         mixed = main.add_other_digits(data.train, job.digit, seed)
         batch = 128 * (1 + others)
         main.train(lora, mixed, seed, "LoRA + other digits", settings.lora_lr, batch=batch)
@@ -88,18 +88,20 @@ def try_all(seed: int, data: main.Data) -> list[dict[str, Any]]:
             if method == "biases":
                 model.requires_grad_(False).get_parameter("linear3.bias").requires_grad_()
             elif method != "full":
-                rank = int(method.removeprefix("lora_rank"))
-                model = main.new_lora(job, rank, alpha=rank)
+                model = main.new_lora(job, int(method.removeprefix("lora_rank")))
             main.NEW_DATA_LR[method] = lr
             rows.append(main.learn_turned(job, tuned, method, model) | {"lr": lr})
 
     # What is left to chance: LoRA of one baseline, from several draws of lora_A, on test images.
     for draw in range(5):
-        lora = main.new_lora(job._replace(seed=1000 + draw), settings.rank, settings.alpha)
+        torch.manual_seed(1000 + draw)
+        lora = main.attach_lora(deepcopy(job.baseline), settings.rank, settings.alpha)
         main.train(lora, job.images, seed, "LoRA, another draw", lr=settings.lora_lr)
         logits = main.evaluate(lora, data.test)
         rows.append(main.score("draws/lora", logits, data.test, job.digit, draw=draw))
-    rows.append({"task": "draws", "method": "lora_A", "likeness": likeness(job)})
+    own, every = (likeness(job, x.images) for x in (job.images, data.train))
+    row = {"task": "draws", "method": "lora_A", "likeness": own, "likeness_all_digits": every}
+    rows.append(row)
     return [{"seed": seed, **found} for found in rows]
 
 

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,17 +20,6 @@ import main
 
 SCRIPT = Path(main.__file__).resolve()
 RAW = main.Settings().data_dir / "MNIST" / "raw"
-
-
-@dataclass(frozen=True)
-class WholeRun:
-    outputs: Path
-    stdout: str
-    stderr: str
-    rows: list[dict[str, Any]]
-
-    def row(self, name: str) -> dict[str, Any]:
-        return named(self.rows, name)
 
 
 def named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -65,7 +54,7 @@ def _start_the_whole_run_first(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def whole_run(started: Any) -> WholeRun:
+def whole_run(started: Any) -> SimpleNamespace:
     folder, process = started
     status = process.wait()
     # as bytes first, which keeps its \r, if there is any
@@ -73,7 +62,8 @@ def whole_run(started: Any) -> WholeRun:
     assert status == 0, err
     assert {path.name for path in folder.iterdir()} == {"stdout", "stderr", "outputs"}
     metrics = json.loads((folder / "outputs" / "metrics.json").read_text())
-    return WholeRun(folder / "outputs", out, err, metrics["rows"])
+    outputs, rows = folder / "outputs", metrics["rows"]
+    return SimpleNamespace(outputs=outputs, stdout=out, stderr=err, rows=rows)
 
 
 def first_images(data: main.Data, train: int, validation: int, test: int) -> main.Data:

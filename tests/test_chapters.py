@@ -55,7 +55,7 @@ def without(question: int) -> str:
 def test_each_question_can_be_deleted_alone(
     mnist: main.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = first_images(mnist, 600, 150, 240)
+    data = first_images(mnist, 300, 100, 160)
     whole = run(SCRIPT.read_text(), tmp_path / "whole", data, monkeypatch)
     pictures = {path.name for path in (tmp_path / "whole").glob("*.png")}
     for question, (own, picture) in OWN_ROWS.items():
@@ -73,7 +73,7 @@ def test_lora_on_the_last_layer_alone_in_the_whole_script(
     source = SCRIPT.read_text()
     assert source.count(call) == 1
     edited = source.replace(call, f'{call[:-1]}, ["linear3"])')
-    rows = run(edited, tmp_path, first_images(mnist, 600, 150, 240), monkeypatch)
+    rows = run(edited, tmp_path, first_images(mnist, 300, 100, 160), monkeypatch)
     assert named(rows, "digit/lora")["trainable_parameters"] == 2 * (10 + 2000)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["linear3"]

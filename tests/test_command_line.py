@@ -38,7 +38,7 @@ def error_line(capsys: Capture) -> str:
 
 BELOW = ["--digit=-1", "--rank=0", "--alpha=0", "--seeds=0", "--lora-lr=0"]
 ABOVE = ["--digit=10", "--rank=785", f"--seed={2**62 + 1}", "--epochs=1001", "--angle=360.1"]
-OTHER = ["--epochs=x", "--lora-lr=nan", "--nines", "--lora=1"]
+OTHER = ["--epochs=x", "--lora-lr=nan", "--nines", "--epoch=1"]
 
 
 @pytest.mark.parametrize("argument", BELOW + ABOVE + OTHER)
@@ -131,7 +131,7 @@ def test_a_run_is_the_same_in_a_thread_of_another_process_and_its_main_job_alone
     here, there, alone = [f"--output-dir={tmp_path / name}" for name in ("here", "there", "alone")]
     options = ["--rank=12", f"--seed={2**62}", "--lora-lr=0.01", f"--data-dir={tmp_path}"]
     command = [sys.executable, "-c", IN_A_THREAD_OF_A_PROCESS, *options, there]
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    environment = os.environ | {"PYTHONHASHSEED": "1", "MPLBACKEND": "svg"}
     environment.pop("CUBLAS_WORKSPACE_CONFIG", None)
     with subprocess.Popen(command, cwd=SCRIPT.parent, env=environment) as process:
         torch.manual_seed(5)  # what was drawn before has no influence
@@ -153,12 +153,11 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interruption_a_reader_that_leaves_early_and_a_full_disk(tmp_path: Path) -> None:
+def test_an_interruption_and_a_full_disk_end_with_their_status_and_a_line(tmp_path: Path) -> None:
     main.write_files(tmp_path, OLD)
     script = f"'{sys.executable}' '{SCRIPT}' --main-job-only --output-dir {tmp_path}"
     expected = {  # all at once, since an import of torch takes seconds
         f"exec {script}": (130, "interrupted"),
-        f"{script} | true; exit ${{PIPESTATUS[0]}}": (2, "Broken pipe"),
         f"{script} > /dev/full": (2, "No space left on device"),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -179,9 +178,9 @@ def test_an_interruption_while_writing_waits_until_all_is_renamed(
     replace = Path.replace
 
     def interrupted(path: Path, target: Path) -> Path:
+        time.sleep(0.1)  # until the main thread waits, and at the next file until it would not
         if target.name in OLD:  # the first of all
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", interrupted)
@@ -189,7 +188,8 @@ def test_an_interruption_while_writing_waits_until_all_is_renamed(
     assert main.main(["--main-job-only", f"--output-dir={tmp_path}"]) == 130
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     files = saved(tmp_path)
-    assert len(files) == 4 and OLD.items().isdisjoint(files.items())
+    assert "adapter/adapter_model.bin" in files  # the last of all
+    assert OLD.items().isdisjoint(files.items())
 
 
 def test_a_write_that_fails_or_is_killed_leaves_the_old_files_and_no_lock(tmp_path: Path) -> None:
