@@ -55,6 +55,7 @@ def test_the_help_lists_each_option_with_its_default(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main.parse(["--help"])
     help = " ".join(capsys.readouterr().out.split())
+    assert "55,000" in help  # as tests/test_data.py counts
     for setting in fields(main.Settings):
         assert f" --{setting.name.replace('_', '-')} " in help
         assert f"{setting.metadata['help']} (default: {setting.default})" in help

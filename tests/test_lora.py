@@ -40,6 +40,7 @@ def test_the_model_is_three_layers_with_relu_between() -> None:
     model, x = main.MNISTClassifier(), torch.randn(3, 784)
     layers = [model.linear1, nn.ReLU(), model.linear2, nn.ReLU(), model.linear3]
     torch.testing.assert_close(model(x), nn.Sequential(*layers)(x))
+    assert f"{main.count_trainable(model):,}" in main.MNISTClassifier.__doc__
 
 
 @pytest.mark.parametrize("rank", [1, 10])

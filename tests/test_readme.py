@@ -35,7 +35,6 @@ def errors(method: str) -> str:
 
 
 def spread(values: list[float], decimals: int, sign: str = "") -> list[str]:
-    """Mean and standard deviation, as they are written."""
     texts = f"{fmean(values):{sign}.{decimals}f}", f"{stdev(values):.{decimals}f}"
     return [text.replace("-", "−") for text in texts]
 
@@ -49,7 +48,6 @@ def by_layer(shares: list[list[float]]) -> str:
 
 
 def worst(name: str) -> str:
-    """In how many seeds most errors are on 9."""
     return f"{sum(row[9] == max(row) for row in each(name, 'errors'))} of 20"
 
 
@@ -185,6 +183,8 @@ def test_the_rates_were_chosen_by_their_rules() -> None:
             assert f"| {name.partition('/')[2]} | {row} |" in NOTES
     goal = max(tried(LORA, "accuracy").values())
     rates = dict(main.NEW_DATA_LR)
+    ratios = rates["lora_rank8"] / rates["full"], main.Settings().lora_lr / main.FULL_LR
+    assert "best rate is {:.0f} to {:.0f} times that".format(*ratios) in README
     good = tried("new_data/full", "accuracy")
     assert rates.pop("full_matched") == min(x for x in good if good[x] >= goal)
     for method, chosen in rates.items():
