@@ -392,7 +392,8 @@ def values(rows: Rows, name: str, metric: str) -> list[Any]:
 
 def mean(rows: Rows, name: str, metric: str) -> Any:
     """The mean over the seeds of a metric, or of each number of it where it is a list."""
-    return torch.tensor(values(rows, name, metric), dtype=torch.double).mean(0).tolist()
+    found = [torch.tensor(value, dtype=torch.double) for value in values(rows, name, metric)]
+    return torch.stack(found).mean(0).tolist()  # which fails, and is not nan, if there is none
 
 
 def text(rows: Rows, name: str, metric: str) -> str:
@@ -554,7 +555,7 @@ def score_turned(
     in the name of a metric stands for these 1,250 images.
     """
     test = tuned.test[::every]
-    turned, upright = evaluate(model, test), job.before
+    turned, upright = evaluate(model, test), job.before[::every]
     if model is not job.baseline:  # of which it is known
         upright = evaluate(model, job.data.test[::every])
     eighth = slice(None, None, 8 // every)
@@ -592,7 +593,8 @@ def fine_tune(job: Job) -> Tuned:
 
 # --- Question 1: what did it cost, and would something simpler do? --------------------------------
 
-STRENGTHS, BIASES = (0.3, 0.6), range(6)  # between the ends of two curves, and of a curve
+STRENGTHS = (0.3, 0.6)  # of LoRA, between the ends of its curve in the picture
+BIASES = range(6)  # along the other curve
 OTHERS = 3  # images of other digits for each image of the digit; chosen on validation from 1, 3, 9
 METHODS = {
     "digit/baseline": "baseline",
@@ -1068,5 +1070,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in a log, too
-    gc.freeze()  # collections need not look through all that was imported: saves half a second
+    gc.freeze()  # so that no collection looks through all that was imported
     sys.exit(main())
