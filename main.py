@@ -22,8 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,7 +32,6 @@ import matplotlib.style
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchvision.datasets import MNIST
@@ -103,10 +100,10 @@ def attach_lora(model: Model, rank: int, alpha: float, layers: list[str] = LAYER
 def lora_layers(model: Model) -> dict[str, LoRAParametrization]:
     """The LoRA of each layer that has one, by the name of the layer."""
     found = {}
-    for name, layer in model.named_modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrizations: Any = layer.parametrizations
-            found[name] = parametrizations.weight[0]
+    for name, module in model.named_modules():
+        if isinstance(module, LoRAParametrization):
+            layer, _, _ = name.partition(".parametrizations")
+            found[layer] = module
     return found
 
 
@@ -138,9 +135,8 @@ def changed_tensors(before: Model, after: Model) -> list[str]:
         held[name.replace("parametrizations.weight.original", "weight")] = tensor
     changed = []
     for name, tensor in before.state_dict().items():
-        other = held.get(name)
         # compared as bytes, since as numbers 0.0 equals -0.0
-        if other is None or not torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)):
+        if not torch.equal(tensor.view(torch.uint8), held[name].view(torch.uint8)):
             changed.append(name)
     return changed
 
@@ -256,7 +252,8 @@ def score(name: str, logits: Tensor, split: Split, digit: int, **more: Any) -> R
 # --- The main job: a network, then LoRA on images of one digit ------------------------------------
 
 
-class Job(NamedTuple):
+@dataclass
+class Job:
     """The main job of one seed: what it was given, its models, and what was measured."""
 
     settings: Settings
@@ -272,20 +269,19 @@ class Job(NamedTuple):
     rows: Rows
 
 
-def check_lora(baseline: Model, lora: Model, rank: int, some: Split) -> Row:
+def check_lora(baseline: Model, lora: Model, some: Split) -> Row:
     """Hold LoRA to what it promises, on some images. Raises RunError, which says what was found."""
-    size = sum(rank * sum(weight(baseline, layer).shape) for layer in lora_layers(lora))
     on, merged = evaluate(lora, some), evaluate(merge_lora(baseline, lora), some)
     off = evaluate(set_strength(deepcopy(lora), 0.0), some)
     found = {
         "frozen_weights_unchanged": changed_tensors(baseline, lora),
         "lora_off_equals_baseline": int((off != evaluate(baseline, some)).sum()),
         "merged_equals_lora": int((on.argmax(1) != merged.argmax(1)).sum()),
-        "only_lora_trained": count_trainable(lora) - size,
+        "only_lora_trained": [name for name in trained_state(lora) if "lora_" not in name],
     }
     if any(found.values()):
         raise RunError(f"LoRA broke a promise; what differs, by name or number: {found}")
-    overhead = size / count_trainable(baseline)
+    overhead = count_trainable(lora) / count_trainable(baseline)
     return {"checks": dict.fromkeys(found, True), "parameter_overhead": overhead}
 
 
@@ -302,7 +298,7 @@ def main_job(settings: Settings, seed: int, data: Data) -> Job:
     start = attach_lora(deepcopy(baseline), settings.rank, settings.alpha)
     lora = deepcopy(start)
     cost = train(lora, images, seed, "LoRA", settings.lora_lr, settings.lora_epochs)
-    cost |= check_lora(baseline, lora, settings.rank, data.validation[:1000])
+    cost |= check_lora(baseline, lora, data.validation[:1000])
     after = evaluate(lora, test)
     rows.append(score("digit/lora", after, test, digit, **cost))
     return Job(settings, digit, seed, data, images, baseline, start, lora, before, after, rows)
@@ -324,44 +320,48 @@ def print_main_job(rows: Rows, job: Job) -> None:
 def draw_learned(job: Job) -> Figure:
     """Up to four rows of the first layer's lora_A, as images; and the layer's matrices to scale."""
     start, lora = (lora_layers(model)["linear1"] for model in (job.start, job.lora))
-    before, after = (layer.lora_A[:4].detach().cpu().view(-1, 28, 28) for layer in (start, lora))
-    tiles = F.pad(torch.stack([before, after - before, after]), (0, 0, 1, 1)).flatten(1, 2)
-    title, height = f"Training writes a {job.digit} into LoRA's noise", 1 + 2 * len(after)
+    first, last = (layer.lora_A[:4].detach().cpu().view(-1, 28, 28) for layer in (start, lora))
+    tiles = F.pad(torch.stack([first, last - first, last]), (0, 0, 1, 1)).flatten(1, 2)
+    title, height = f"Training writes a {job.digit} into LoRA's noise", 1 + 2 * len(first)
     figure, (left, right) = new_figure(title, height, ncols=2, width_ratios=[5, 2])
-    draw_tiles(left, tiles / tiles.abs().max(), ["random start", "+ training adds", "= lora_A"])
+    words = ["random start", "+ training adds", "= lora_A"]
+    draw_tiles(left, "white is negative, black positive", tiles / tiles.abs().max(), words, low=-1)
     draw_to_scale(right, lora)
     return figure
 
 
 def draw_examples(job: Job) -> Figure:
     """The first test images that LoRA puts right, and the first that it spoils."""
+    figure, (top, bottom) = new_figure("What LoRA puts right and spoils", height=3.8, nrows=2)
     test, before, after = job.data.test, job.before.argmax(1), job.after.argmax(1)
-    title = f"What LoRA puts right and spoils (seed {job.seed})"
-    figure, (top, bottom) = new_figure(title, height=3.8, nrows=2)
     fixed = (before != test.labels) & (after == test.labels)
     spoiled = (before == test.labels) & (after != test.labels)
-    kinds = ((top, BLUE, "put right", fixed), (bottom, ORANGE, "spoiled", spoiled))
-    for axes, color, word, which in kinds:
+    for axes, color, word, which in (
+        (top, BLUE, "put right", fixed),
+        (bottom, ORANGE, "spoiled", spoiled),
+    ):
         first = which.nonzero().flatten()[:8]
         words = [f"{before[i]} → {after[i]}" for i in first]
-        draw_tiles(axes, pixels(test[first]), words, [color] * 8)
-        axes.set_title(f"{int(which.sum())} images {word}, the first: baseline → LoRA", color=color)
+        title = f"{int(which.sum())} images {word}, the first: baseline → LoRA"
+        draw_tiles(axes, title, pixels(test[first]), words, [color] * 8)
     return figure
 
 
 # --- Rows, tables and pictures: what all chapters use ---------------------------------------------
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct to the colour-blind, and in print
 STYLE: Any = {
+    "axes.prop_cycle": f"cycler(color=['{BLUE}', '{ORANGE}'])",
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
+    "axes.ymargin": 0.1,
     "figure.titlesize": 16,
     "figure.titleweight": "bold",
     "font.size": 12,
     "legend.frameon": False,
 }
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct to the colour-blind, and in print
 BEFORE_AND_AFTER = {"digit/baseline": "baseline", "digit/lora": "LoRA"}
 
 
@@ -386,7 +386,7 @@ def accuracy(logits: Tensor, split: Split) -> float:
 
 def values(rows: Rows, name: str, metric: str) -> list[Any]:
     """A metric of "task/method" for each seed; empty if it was not measured."""
-    named = [row for row in rows if f"{row['task']}/{row['method']}" == name]
+    named = [row for row in rows if name == f"{row['task']}/{row['method']}"]
     return [row[metric] for row in named if metric in row]
 
 
@@ -396,7 +396,7 @@ def mean(rows: Rows, name: str, metric: str) -> Any:
     return torch.stack(found).mean(0).tolist()  # which fails, and is not nan, if there is none
 
 
-def text(rows: Rows, name: str, metric: str) -> str:
+def cell(rows: Rows, name: str, metric: str) -> str:
     """A metric as one seed or all seeds have it, or its mean ± standard deviation over seeds."""
     found = values(rows, name, metric)
     one, several = ",.10g", ".1f"
@@ -420,11 +420,11 @@ def print_table(lines: list[list[str]], first: int = 21, width: int = 11) -> Non
         print(f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
-def print_methods(title: str, rows: Rows, methods: dict[str, str], metrics: dict[str, str]) -> None:
-    """A line for each method, by name and label; `metrics` are the columns, by heading."""
-    lines = [[title, *metrics]]
+def print_methods(title: str, rows: Rows, methods: dict[str, str], columns: dict[str, str]) -> None:
+    """A line for each method, by name and label; the columns are metrics, by heading."""
+    lines = [[title, *columns]]
     for name, label in methods.items():
-        lines.append([label, *[text(rows, name, metric) for metric in metrics.values()]])
+        lines.append([label, *[cell(rows, name, metric) for metric in columns.values()]])
     print_table(lines)
 
 
@@ -453,11 +453,19 @@ def pixels(split: Split) -> Tensor:
     return (split.images.cpu() * STD + MEAN).view(-1, 28, 28)
 
 
-def draw_tiles(axes: Any, tiles: Tensor, words: list[str], colors: Any = ["black"] * 8) -> None:
-    """Up to eight images (n, 28, 28) in a row, a word below each; -1 is red, 0 white, 1 black."""
-    strip = F.pad(tiles, (1, 1)).transpose(0, 1).flatten(1).numpy()  # beside each other
+def draw_tiles(
+    axes: Any,
+    title: str,
+    tiles: Tensor,
+    words: list[str],
+    colors: Any = ["black"] * 8,
+    low: float = 0,
+) -> None:
+    """Up to eight images (n, 28, 28) in a row, a word below each; `low` is white and 1 black."""
+    axes.set_title(title)
+    strip = F.pad(tiles, (1, 1), value=low).transpose(0, 1).flatten(1).numpy()  # side by side
     if len(tiles):
-        axes.imshow(strip, "RdGy", vmin=-1, vmax=1)
+        axes.imshow(strip, "Greys", vmin=low, vmax=1)
     for i, (word, color) in enumerate(zip(words, colors)):
         axes.text(30 * i + 15, len(strip) + 2, word, color=color, ha="center", va="top")
     axes.set_axis_off()
@@ -466,10 +474,9 @@ def draw_tiles(axes: Any, tiles: Tensor, words: list[str], colors: Any = ["black
 def draw_to_scale(axes: Any, lora: LoRAParametrization) -> None:
     """The frozen weight W of a layer, lora_B on its left and lora_A above it, as areas."""
     (outs, rank), ins = lora.lora_B.shape, lora.lora_A.shape[1]
-    x, width = [0, -100, 0], [ins, rank, ins]
-    bottom, height = [0, 0, outs + 100], [outs, outs, rank]
-    colors = [GREY, BLUE, BLUE]
-    axes.bar(x, height, width, bottom, align="edge", color=colors, edgecolor=colors)
+    axes.fill_between([0, ins], 0, outs, color=GREY)
+    axes.fill_between([-100, -100 + rank], 0, outs, color=BLUE)
+    axes.fill_between([0, ins], outs + 100, outs + 100 + rank, color=BLUE)
     sizes = f"frozen W:\n{outs} × {ins}\n\nblue lora_B:\n{outs} × {rank}"
     axes.text(50, outs / 2, f"{sizes}\n\nand lora_A:\n{rank} × {ins}", va="center")
     axes.axis("scaled")
@@ -480,31 +487,29 @@ def draw_errors(rows: Rows, digit: int) -> Figure:
     """The errors on each digit, without LoRA and with it: a bar with its number for each."""
     figure, axes = new_figure(f"LoRA: fewer errors on {digit}, more on other digits", height=3.8)
     axes.axvspan(digit - 0.5, digit + 0.5, color="#fff3b0")
-    for (name, label), color, width in zip(BEFORE_AND_AFTER.items(), (GREY, BLUE), (-0.4, 0.4)):
-        errors = mean(rows, name, "errors")
-        bars = axes.bar(range(10), errors, width, align="edge", color=color, label=label)
+    errors = {label: mean(rows, name, "errors") for name, label in BEFORE_AND_AFTER.items()}
+    groups = axes.grouped_bar(errors, tick_labels="0123456789", colors=[GREY, BLUE])
+    for bars in groups.bar_containers:
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
-    axes.set(xticks=range(10), xlabel="digit in the image", ylabel="errors on test images")
-    axes.legend(title=seeds_note(rows))
+    axes.set(xlabel="digit in the image", ylabel="errors on test images")
+    axes.legend()
     return figure
 
 
-def draw_plane(
-    axes: Any, rows: Rows, x: str, y: str, dials: dict[str, list[str]], methods: dict[str, str]
-) -> None:
-    """Dials as curves and methods as points, placed by two metrics; labels beside the panel."""
-    for (label, names), color in zip(dials.items(), (BLUE, ORANGE)):
-        points = [(mean(rows, name, x), mean(rows, name, y)) for name in names]
-        axes.plot(*zip(*points), ".-", color=color, label=label)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the panel
-    order = sorted(methods, key=lambda name: mean(rows, name, y))
-    for i, name in enumerate(order):
-        point = mean(rows, name, x), mean(rows, name, y)
-        axes.plot(*point, "o", color="black")
-        place = (1.05, (i + 0.5) / len(order))
-        line = {"arrowstyle": "-", "color": GREY}
-        axes.annotate(methods[name], point, place, textcoords="axes fraction", arrowprops=line)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+def draw_plane(axes: Any, rows: Rows, x: str, y: str, curves: dict[str, list[str]]) -> None:
+    """A curve through the rows of each label, or a point for one row, placed by two metrics."""
+    labelled = {label: names[len(names) // 2] for label, names in curves.items()}
+    order = sorted(curves, key=lambda label: mean(rows, labelled[label], y))
+    for label, names in curves.items():
+        xs = [mean(rows, name, x) for name in names]
+        ys = [mean(rows, name, y) for name in names]
+        [curve] = axes.plot(xs, ys, "o-", color="black" if len(names) == 1 else None)
+        point = mean(rows, labelled[label], x), mean(rows, labelled[label], y)
+        place = 0.4, 0.02 + 0.8 * order.index(label) / len(order)  # where no curve passes
+        start = 0 if point[0] < fmean(axes.get_xlim()) else 0.5  # of the line, along the label
+        line = {"arrowstyle": "-", "color": GREY, "relpos": (start, 0.5)}
+        look = {"color": curve.get_color(), "textcoords": "axes fraction"}
+        axes.annotate(label, point, place, arrowprops=line, **look)
 
 
 # --- What two questions share ---------------------------------------------------------------------
@@ -522,15 +527,15 @@ NEW_DATA_LR = {
 }
 
 
-class Tuned(NamedTuple):
-    """What two questions need: turned digits, three models that were trained, and their rows."""
+@dataclass
+class Tuned(Job):
+    """The main job, and what two questions need besides: three models, and turned digits."""
 
     full: Model  # all weights, trained on the digit
-    train: Split  # turned digits
-    test: Split
+    turned: Split  # of the training images
+    turned_test: Split
     new_lora: Model  # LoRA of rank 8, trained on turned digits
     new_full: Model  # all weights, trained on turned digits
-    rows: Rows
 
 
 def turn(split: Split, angle: float) -> Split:
@@ -540,21 +545,19 @@ def turn(split: Split, angle: float) -> Split:
     return Split(turned.flatten(1), split.labels)
 
 
-def new_lora(job: Job, rank: int) -> Model:
+def fresh_lora(job: Job, rank: int) -> Model:
     """The baseline with LoRA that the seed alone draws, so that no chapter moves another."""
     torch.manual_seed(job.seed)
     return attach_lora(deepcopy(job.baseline), rank, alpha=rank)
 
 
-def score_turned(
-    job: Job, tuned: Tuned, method: str, model: Model, every: int = 1, **more: Any
-) -> Row:
+def score_turned(job: Tuned, method: str, model: Model, every: int = 1, **more: Any) -> Row:
     """The row of a model on turned test images; `accuracy_upright` is of the same images upright.
 
     The many models of a curve see every eighth image alone. To compare others with them, `eighth`
     in the name of a metric stands for these 1,250 images.
     """
-    test = tuned.test[::every]
+    test = job.turned_test[::every]
     turned, upright = evaluate(model, test), job.before[::every]
     if model is not job.baseline:  # of which it is known
         upright = evaluate(model, job.data.test[::every])
@@ -565,29 +568,34 @@ def score_turned(
     return score(f"new_data/{method}", turned, test, job.digit, **more)
 
 
-def learn_turned(job: Job, tuned: Tuned, method: str, model: Model, every: int = 1) -> Row:
+def learn_turned(job: Tuned, method: str, model: Model, every: int = 1) -> Row:
     """Train a model on turned digits and score it; `weight_change` says how far training went."""
-    cost = train(model, tuned.train, job.seed, f"turned: {method}", NEW_DATA_LR[method])
+    cost = train(model, job.turned, job.seed, f"turned: {method}", NEW_DATA_LR[method])
     moved = []
     for layer in LAYERS:
         old = weight(job.baseline, layer)
         moved.append(float((weight(model, layer) - old).norm() / old.norm()))
     cost["weight_change"] = moved  # of each layer, as a share of the norm of its weight
-    return score_turned(job, tuned, method, model, every, **cost)
+    return score_turned(job, method, model, every, **cost)
 
 
 def fine_tune(job: Job) -> Tuned:
     """Full fine-tuning on the digit; then turned digits, learned from 5,000, in two ways."""
-    full, data, angle = deepcopy(job.baseline), job.data, job.settings.angle
-    epochs = job.settings.lora_epochs
-    cost = train(full, job.images, job.seed, "full fine-tuning", FULL_LR, epochs)
-    rows = [score("digit/full", evaluate(full, data.test), data.test, job.digit, **cost)]
-
-    few, test = turn(data.train[:5000], angle), turn(data.test, angle)
-    tuned = Tuned(full, few, test, new_lora(job, 8), deepcopy(job.baseline), rows)
-    rows.append(learn_turned(job, tuned, "lora_rank8", tuned.new_lora))
-    rows.append(learn_turned(job, tuned, "full", tuned.new_full))
-    check_lora(job.baseline, tuned.new_lora, 8, data.validation[:100])
+    data, angle, epochs = job.data, job.settings.angle, job.settings.lora_epochs
+    tuned = Tuned(
+        **vars(job),
+        full=deepcopy(job.baseline),
+        turned=turn(data.train[:5000], angle),
+        turned_test=turn(data.test, angle),
+        new_lora=fresh_lora(job, rank=8),
+        new_full=deepcopy(job.baseline),
+    )
+    cost = train(tuned.full, job.images, job.seed, "full fine-tuning", FULL_LR, epochs)
+    logits = evaluate(tuned.full, data.test)
+    tuned.rows.append(score("digit/full", logits, data.test, job.digit, **cost))
+    tuned.rows.append(learn_turned(tuned, "lora_rank8", tuned.new_lora))
+    tuned.rows.append(learn_turned(tuned, "full", tuned.new_full))
+    check_lora(job.baseline, tuned.new_lora, data.validation[:100])
     return tuned
 
 
@@ -660,8 +668,8 @@ def print_comparison(rows: Rows, digit: int) -> None:
         "file bytes": "file_bytes",
     }
     print_methods(f"1. learning {digit}", rows, METHODS, columns)
-    strength = text(rows, "digit/lora_balanced", "strength")
-    bias = text(rows, "digit/logit_bias", "strength")
+    strength = cell(rows, "digit/lora_balanced", "strength")
+    bias = cell(rows, "digit/logit_bias", "strength")
     print(f"  strength {strength}, bias {bias}: each loses at most 1 point on validation images")
     print(f"  LoRA + other digits: {OTHERS} images of others for each {digit} in its training data")
     print("  mean change: LoRA's average effect on the ten outputs, the same for all images\n")
@@ -671,13 +679,15 @@ def draw_trade_off(rows: Rows, digit: int) -> Figure:
     """Accuracy against errors on the digit."""
     figure, axes = new_figure("A bias on one output does what LoRA does", height=5)
     steps = [f"digit/lora_at_{strength}" for strength in STRENGTHS]
-    dials = {
+    curves = {
         "LoRA at strengths 0 to 1": ["digit/baseline", *steps, "digit/lora"],
         f"bias on the logit of {digit}: 0 to 5": [f"digit/logit_bias_at_{x}" for x in BIASES],
     }
-    draw_plane(axes, rows, "digit_errors", "accuracy", dials, METHODS)
-    axes.set(xlabel=f"errors on {digit}, {seeds_note(rows)}", ylabel="right, of all digits")
-    axes.text(0.01, 0.99, "↖ better", transform=axes.transAxes, va="top")
+    for name, label in METHODS.items():
+        curves[label] = [name]
+    draw_plane(axes, rows, "digit_errors", "accuracy", curves)
+    axes.set(xlabel=f"errors on {digit}", ylabel="right, of all digits", title="↖ better")
+    axes.yaxis.set_major_formatter("{x:.1%}")
     return figure
 
 
@@ -705,25 +715,24 @@ def cut_change(before: Model, after: Model, rank: int) -> Model:
     return model
 
 
-def cut_to_low_rank(job: Job, tuned: Tuned) -> Iterator[Row]:
+def cut_to_low_rank(job: Tuned) -> Iterator[Row]:
     """Full fine-tuning cut to low rank, on the digit and on new data; and LoRA of these ranks."""
-    part, test = cut_change(job.baseline, tuned.full, rank=1), job.data.test
+    part, test = cut_change(job.baseline, job.full, rank=1), job.data.test
     yield score("digit/full_rank1", evaluate(part, test), test, job.digit)
     for rank in RANKS:
-        part = cut_change(job.baseline, tuned.new_full, rank)
-        yield score_turned(job, tuned, f"full_part_rank{rank}", part, every=8)
+        part = cut_change(job.baseline, job.new_full, rank)
+        yield score_turned(job, f"full_part_rank{rank}", part, every=8)
         if rank != 8:  # which is there
-            lora = new_lora(job, rank)
-            yield learn_turned(job, tuned, f"lora_rank{rank}", lora, every=8)
+            yield learn_turned(job, f"lora_rank{rank}", fresh_lora(job, rank), every=8)
 
 
 def print_low_rank(rows: Rows, digit: int) -> None:
     lines = [["2. turned (of 1,250)", *[f"rank {rank}" for rank in RANKS]]]
     for label, names in CURVES.items():
-        lines.append([label, *[text(rows, name, "accuracy_eighth") for name in names]])
+        lines.append([label, *[cell(rows, name, "accuracy_eighth") for name in names]])
     print_table(lines)
-    whole = text(rows, "digit/full", "digit_errors")
-    part = text(rows, "digit/full_rank1", "digit_errors")
+    whole = cell(rows, "digit/full", "digit_errors")
+    part = cell(rows, "digit/full_rank1", "digit_errors")
     print(f"  errors on {digit}: {whole} with full fine-tuning, {part} with it cut to rank 1\n")
 
 
@@ -731,22 +740,20 @@ def draw_low_rank(rows: Rows, job: Job) -> Figure:
     """An image cut to several ranks; below, what is read of turned digits, over the rank."""
     title, shape = "At ranks 1 to 8, LoRA beats fine-tuning cut to them", [1, 2.4]
     figure, (top, bottom) = new_figure(title, height=6, nrows=2, height_ratios=shape)
-    test, ranks = job.data.test, [f"rank {rank}" for rank in RANKS]
-    image = pixels(test[test.labels == job.digit])[0]
+    image = pixels(job.images)[0]
     tiles = [cut(image, rank) for rank in RANKS]
-    draw_tiles(top, torch.stack([*tiles, image]), [*ranks, "whole"])
-    top.set_title("one image, cut to low rank")
-    ceiling = mean(rows, "new_data/full", "accuracy_eighth")
-    bottom.axhline(ceiling, color=GREY, ls="--", label=f"full fine-tuning: {ceiling:.0%}")
-    look = {"ha": "center", "textcoords": "offset points", "bbox": {"color": "white", "pad": 0}}
-    for (label, names), color, above in zip(CURVES.items(), (BLUE, ORANGE), (8, -18)):
+    ranks = [f"rank {rank}" for rank in RANKS]
+    draw_tiles(top, "one image, cut to low rank", torch.stack([*tiles, image]), [*ranks, "whole"])
+    look = {"ha": "center", "textcoords": "offset points"}
+    for (label, names), above in zip(CURVES.items(), (6, -16)):
         heights = [mean(rows, name, "accuracy_eighth") for name in names]
-        bottom.plot(ranks, heights, "o-", color=color, label=label)
+        bottom.plot(ranks, heights, "o-", label=label)
         for rank, height in zip(ranks, heights):
-            bottom.annotate(f"{height:.0%}", (rank, height), (0, above), color=color, **look)
-    bottom.yaxis.set_major_formatter(PercentFormatter(1))
-    bottom.margins(y=0.15)
-    bottom.set(xlabel=f"rank, {seeds_note(rows)}", ylabel="right, of 1,250 turned digits")
+            bottom.annotate(f"{height:.0%}", (rank, height), (0, above), **look)
+    whole = mean(rows, "new_data/full", "accuracy_eighth")
+    bottom.axhline(whole, color=GREY, label="full fine-tuning", zorder=0)
+    bottom.yaxis.set_major_formatter("{x:.0%}")
+    bottom.set_ylabel("right, of 1,250 turned digits")
     bottom.legend()
     return figure
 
@@ -763,23 +770,23 @@ NEW_METHODS = {
 }
 
 
-def learn_and_forget(job: Job, tuned: Tuned) -> Iterator[Row]:
+def learn_and_forget(job: Tuned) -> Iterator[Row]:
     """What else learns turned digits, and what each way forgets of upright ones."""
-    yield score_turned(job, tuned, "baseline", job.baseline)
+    yield score_turned(job, "baseline", job.baseline)
     ten = deepcopy(job.baseline).requires_grad_(False)
     ten.get_parameter("linear3.bias").requires_grad_()
-    yield learn_turned(job, tuned, "biases", ten)
-    yield learn_turned(job, tuned, "full_matched", deepcopy(job.baseline))
+    yield learn_turned(job, "biases", ten)
+    yield learn_turned(job, "full_matched", deepcopy(job.baseline))
 
-    lora = deepcopy(tuned.new_lora)
+    lora = deepcopy(job.new_lora)
     for strength in DIAL:
         between = deepcopy(job.baseline)  # weights on the way to full fine-tuning
-        for parameter, end in zip(between.parameters(), tuned.new_full.parameters()):
+        for parameter, end in zip(between.parameters(), job.new_full.parameters()):
             parameter.data.lerp_(end.data, strength)
         set_strength(lora, strength)
         for method, model in (("lora_rank8", lora), ("full", between)):
             name = f"{method}_at_{strength}"
-            yield score_turned(job, tuned, name, model, every=8, strength=strength)
+            yield score_turned(job, name, model, every=8, strength=strength)
 
 
 def print_new_data(rows: Rows, angle: float) -> None:
@@ -793,32 +800,28 @@ def print_new_data(rows: Rows, angle: float) -> None:
     print(f"  turned by {angle:g} degrees; switched off, LoRA is exactly the baseline\n")
 
 
-def draw_new_data(rows: Rows, job: Job, tuned: Tuned) -> Figure:
+def draw_new_data(rows: Rows, job: Tuned) -> Figure:
     """What is said of the first turned digits; then, what each method learned and forgot."""
-    title, shape = "LoRA learns turned digits and forgets upright ones", [1, 1, 5]
-    figure, (top, middle, bottom) = new_figure(title, height=8, nrows=3, height_ratios=shape)
-    first = tuned.test[:8]
-    for axes, name, model in (
-        (top, "the baseline", job.baseline),
-        (middle, "LoRA", tuned.new_lora),
-    ):
+    title, shape = "LoRA learns turned digits and forgets upright ones", [1, 1, 4]
+    figure, (top, middle, bottom) = new_figure(title, height=7, nrows=3, height_ratios=shape)
+    first = job.turned_test[:8]
+    models = ((top, "the baseline", job.baseline), (middle, "LoRA", job.new_lora))
+    for axes, name, model in models:
         says = evaluate(model, first).argmax(1)
         colors = [BLUE if right else ORANGE for right in says == first.labels]
-        draw_tiles(axes, pixels(first), says.tolist(), colors)
-        axes.set_title(f"{name} says (wrong in orange)")
-    dials = {}
+        draw_tiles(axes, f"{name} says (wrong in orange)", pixels(first), says.tolist(), colors)
+    curves = {}
     for method, label in (("lora_rank8", "LoRA"), ("full", "full fine-tuning")):
         steps = [f"new_data/{method}_at_{strength}" for strength in DIAL]
-        dial = ["new_data/baseline", *steps, f"new_data/{method}"]
-        dials[f"{label} at strengths 0 to 1"] = dial
-    x, y = "accuracy_eighth", "accuracy_upright_eighth"
-    draw_plane(bottom, rows, x, y, dials, NEW_METHODS)
-    bottom.xaxis.set_major_formatter(PercentFormatter(1))
-    bottom.set(
-        xlabel=f"right, of 1,250 digits turned, {seeds_note(rows)}",
-        ylabel="right, of the same digits upright",
-    )
-    bottom.text(0.99, 0.99, "better ↗", transform=bottom.transAxes, ha="right", va="top")
+        curve = ["new_data/baseline", *steps, f"new_data/{method}"]
+        curves[f"{label} at strengths 0 to 1"] = curve
+    for name, label in NEW_METHODS.items():
+        curves[label] = [name]
+    draw_plane(bottom, rows, "accuracy_eighth", "accuracy_upright_eighth", curves)
+    bottom.set(xlabel="right, of 1,250 turned digits", ylabel="right, of the same upright")
+    bottom.set_title("better ↗", loc="right")
+    for axis in (bottom.xaxis, bottom.yaxis):
+        axis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -851,8 +854,8 @@ def load_mnist(folder: Path, device: torch.device) -> Data:
         contents.append(torch.frombuffer(content, dtype=torch.uint8).to(device))
     splits = []
     for images, labels in (contents[:2], contents[2:]):
-        pixels = images[16:].view(-1, 28 * 28).float()  # behind a header of 16 bytes; labels: 8
-        splits.append(Split(pixels.div_(255).sub_(MEAN).div_(STD), labels[8:].long()))
+        grey = images[16:].view(-1, 28 * 28).float()  # behind a header of 16 bytes; labels: 8
+        splits.append(Split(grey.div_(255).sub_(MEAN).div_(STD), labels[8:].long()))
     train, test = splits
     return Data(train[:55_000], train[55_000:], test)
 
@@ -876,7 +879,7 @@ def trained_state(model: Model) -> dict[str, Tensor]:
     return state
 
 
-def weights(job: Job) -> dict[str, bytes]:
+def weight_files(job: Job) -> dict[str, bytes]:
     """The baseline, and LoRA in the format of Hugging Face PEFT, as files."""
     config = {
         "peft_type": "LORA",
@@ -891,7 +894,7 @@ def weights(job: Job) -> dict[str, bytes]:
     }
 
 
-def metrics(settings: Settings, device: torch.device, rows: Rows) -> bytes:
+def metrics_file(settings: Settings, device: torch.device, rows: Rows) -> bytes:
     """metrics.json, a line for each row: no date, time or folder, so that runs can be compared."""
     environment = {
         "python": sys.version.split()[0],
@@ -910,7 +913,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write all under other names, then rename: each file is the old one or the new one."""
     try:
         (folder / "adapter").mkdir(parents=True, exist_ok=True)
-        with alone_in(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
             for name, content in files.items():
                 Path(temporary, name.replace("/", "-")).write_bytes(content)
             for name in files:
@@ -919,30 +922,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         raise InputError(f"--output-dir {folder}: {error.strerror}; give another folder") from error
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Let no other run write into the folder meanwhile; Windows has no such lock."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 # --- Command line ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def timed(name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    tqdm.write(f"  {name:<62}{time.perf_counter() - start:6.1f} s")  # between the bars
 
 
 def parse(arguments: list[str] | None) -> Settings:
@@ -985,39 +965,38 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: there is none here; give auto or cpu") from error
 
 
-def run_seed(settings: Settings, seed: int, data: Data) -> tuple[Rows, Job, Tuned | None]:
-    """All that is measured for one seed, and what its pictures show."""
-    tuned = None
-    with timed(f"seed {seed}: the main job, a baseline and LoRA"):
-        job = main_job(settings, seed, data)
-        rows = [*job.rows]
+def run_seed(settings: Settings, seed: int, data: Data) -> Job:
+    """All that is measured for one seed: its rows, and the models that its pictures show."""
+    start = time.perf_counter()
+    job = main_job(settings, seed, data)
     if not settings.main_job_only:
-        with timed(f"seed {seed}: full fine-tuning, and new data"):
-            tuned = fine_tune(job)
-            rows += tuned.rows
-        with timed(f"seed {seed}: question 1, would something simpler do?"):
-            rows += compare_methods(job)
-        with timed(f"seed {seed}: question 2, why is low rank enough?"):
-            rows += cut_to_low_rank(job, tuned)
-        with timed(f"seed {seed}: question 3, what is LoRA for?"):
-            rows += learn_and_forget(job, tuned)
-    return [{"seed": seed, **row} for row in rows], job, tuned
+        job = fine_tune(job)
+        job.rows += compare_methods(job)
+        job.rows += cut_to_low_rank(job)
+        job.rows += learn_and_forget(job)
+    job.rows = [{"seed": seed, **row} for row in job.rows]
+    print(f"  seed {seed}: {time.perf_counter() - start:.1f} s")
+    return job
 
 
-def draw(rows: Rows, job: Job, tuned: Tuned | None) -> dict[str, bytes]:
+def draw(rows: Rows, job: Job) -> dict[str, bytes]:
     """All pictures, as files: the rows of all seeds, and images of the first."""
-    figures, files = {}, {}
+    files = {}
     # From matplotlib's defaults: a user's own style must neither change nor break the pictures.
     with matplotlib.style.context(STYLE, after_reset=True):
-        figures["examples.png"] = draw_examples(job)
-        figures["error_counts.png"] = draw_errors(rows, job.digit)
+        figures = {
+            "error_counts.png": draw_errors(rows, job.digit),
+            "examples.png": draw_examples(job),
+        }
         if "linear1" in lora_layers(job.lora):  # whose lora_A is an image
             figures["learned.png"] = draw_learned(job)
-        if tuned:
+        if isinstance(job, Tuned):
             figures["trade_off.png"] = draw_trade_off(rows, job.digit)
             figures["low_rank.png"] = draw_low_rank(rows, job)
-            figures["new_data.png"] = draw_new_data(rows, job, tuned)
+            figures["new_data.png"] = draw_new_data(rows, job)
         for name, figure in figures.items():
+            note = f"numbers: {seeds_note(rows)}; images: seed {job.seed}"
+            figure.supxlabel(note, fontsize="small")
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=150)
             files[name] = buffer.getvalue()
@@ -1027,29 +1006,27 @@ def draw(rows: Rows, job: Job, tuned: Tuned | None) -> dict[str, bytes]:
 def run(settings: Settings) -> None:
     """Read the data, measure each seed, print, draw, and write the files."""
     make_repeatable()
-    digit, folder, device = settings.digit, settings.output_dir, pick_device(settings.device)
+    folder, device = settings.output_dir, pick_device(settings.device)
     data = load_mnist(settings.data_dir, device)
     write_files(folder, {})  # if it cannot be written, this says so before training
-    print(f"LoRA on MNIST: digit {digit}, rank {settings.rank}, {device} (options: --help)")
-    rows: Rows = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        found, job, tuned = run_seed(settings, seed, data)
-        if not rows:
-            first, first_tuned = job, tuned
-        rows += found
+    print(
+        f"LoRA on MNIST: digit {settings.digit}, rank {settings.rank}, {device} (options: --help)"
+    )
+    first = run_seed(settings, settings.seed, data)
+    rows = [*first.rows]
+    for seed in range(settings.seed + 1, settings.seed + settings.seeds):
+        rows += run_seed(settings, seed, data).rows
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
 
-    print()
     print_main_job(rows, first)
-    if first_tuned:
-        print_comparison(rows, digit)
-        print_low_rank(rows, digit)
+    if not settings.main_job_only:
+        print_comparison(rows, first.digit)
+        print_low_rank(rows, first.digit)
         print_new_data(rows, settings.angle)
 
-    pictures = draw(rows, first, first_tuned)
-    files = {"metrics.json": metrics(settings, device, rows), **weights(first), **pictures}
-    with ThreadPoolExecutor() as writer:  # Ctrl-C stops the main thread alone: this one finishes
-        writer.submit(write_files, folder, files).result()
+    files = {"metrics.json": metrics_file(settings, device, rows), **weight_files(first)}
+    pictures = draw(rows, first)
+    write_files(folder, files | pictures)
     print(f"in {folder}: {len(pictures)} pictures, metrics.json, baseline.pt, adapter/")
 
 

@@ -81,16 +81,17 @@ def try_all(seed: int, data: main.Data) -> list[dict[str, Any]]:
         add("lora_replay", lora, others=others)
 
     few, turned = (main.turn(x, settings.angle) for x in (data.train[:5000], data.validation))
-    tuned = main.Tuned(job.baseline, few, turned, job.lora, job.baseline, [])
+    models = {"full": job.baseline, "new_lora": job.lora, "new_full": job.baseline}  # not used
+    tuned = main.Tuned(**vars(job), turned=few, turned_test=turned, **models)
     for method, grid in NEW_DATA.items():
         for lr in grid:
             model = deepcopy(job.baseline)
             if method == "biases":
                 model.requires_grad_(False).get_parameter("linear3.bias").requires_grad_()
             elif method != "full":
-                model = main.new_lora(job, int(method.removeprefix("lora_rank")))
+                model = main.fresh_lora(job, int(method.removeprefix("lora_rank")))
             main.NEW_DATA_LR[method] = lr
-            rows.append(main.learn_turned(job, tuned, method, model) | {"lr": lr})
+            rows.append(main.learn_turned(tuned, method, model) | {"lr": lr})
 
     # What is left to chance: LoRA of one baseline, from several draws of lora_A, on test images.
     for draw in range(5):

@@ -93,18 +93,15 @@ def epochs(data: main.Data) -> None:
         print(f"baseline, epochs {n}   {taken:8.2f} s an epoch, {rate:,.0f} images/s")
 
 
-def whole_command(*options: str) -> tuple[float, str]:
-    """Wall seconds of `python main.py` with options in a new process, and what it printed."""
+def whole_command(*options: str) -> float:
+    """Wall seconds of `python main.py` with options in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, main.__file__, *options, "--output-dir", folder]
-        start = time.perf_counter()
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return time.perf_counter() - start, done.stdout
+        return seconds(lambda: subprocess.run(command, check=True, capture_output=True))
 
 
-def tutorial(result: multiprocessing.Queue[float]) -> None:
-    """The experiment as most tutorials write it; in a process of its own, with torch's defaults."""
-    start = time.perf_counter()
+def tutorial() -> None:
+    """The experiment as most tutorials write it, with torch's defaults."""
     normalise = transforms.Normalize((main.MEAN,), (main.STD,))
     transform = transforms.Compose([transforms.ToTensor(), normalise])
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +137,6 @@ def tutorial(result: multiprocessing.Queue[float]) -> None:
     count_errors()
     main.set_strength(model, 0)
     count_errors()
-    result.put(time.perf_counter() - start)
 
 
 def report() -> None:
@@ -156,25 +152,23 @@ def report() -> None:
     del data
 
     print()
-    alone, _ = whole_command("--main-job-only")
-    whole, stages = whole_command()
-    three, _ = whole_command("--seeds", "3")
+    alone = whole_command("--main-job-only")
+    whole = whole_command()
+    three = whole_command("--seeds", "3")
     print(f"--main-job-only      {alone:8.1f} s with imports")
     print(f"main.py              {whole:8.1f} s with imports")
     print(f"each further seed    {(three - whole) / 2:8.1f} s")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"peak memory          {peak / 1e9:8.2f} GB\n\nstages of one seed")
-    print(*(line for line in stages.splitlines() if line.endswith(" s")), sep="\n")
+    print(f"peak memory          {peak / 1e9:8.2f} GB")
 
     if not skip:
-        context = multiprocessing.get_context("spawn")
-        result: multiprocessing.Queue[float] = context.Queue()
-        process = context.Process(target=tutorial, args=(result,))
+        process = multiprocessing.get_context("spawn").Process(target=tutorial)
+        start = time.perf_counter()
         process.start()
-        slow = result.get()
         process.join()
+        slow = time.perf_counter() - start
         ratio = f"{slow / alone:.1f} times the same with --main-job-only"
-        print(f"\ntutorial form        {slow:8.1f} s without imports, {ratio}")
+        print(f"\ntutorial form        {slow:8.1f} s with imports, {ratio}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_off_is_the_base_exactly_on_is_on_again_and_merged_is_the_same() -> None
     assert inner.weight is inner.parametrizations.weight.original
 
 
-def test_changed_tensors_names_what_differs_by_a_bit_or_is_missing() -> None:
+def test_changed_tensors_names_what_differs_by_a_bit() -> None:
     base, _, lora = models()
     names = []
     for name, tensor in base.named_parameters():
@@ -111,6 +111,4 @@ def test_changed_tensors_names_what_differs_by_a_bit_or_is_missing() -> None:
     zero = Odd()
     other = copy.deepcopy(zero)
     other.norm.bias.detach().neg_()  # to -0.0
-    assert main.changed_tensors(zero, other) == ["norm.bias"]
-    other.norm.bias = None
     assert main.changed_tensors(zero, other) == ["norm.bias"]

@@ -1,5 +1,6 @@
 """Numbers, no two the same, are read back from the tables and the pictures."""
 
+import itertools
 import random
 import re
 from typing import Any
@@ -27,6 +28,7 @@ LOW_RANK = {
 NAMES = {"digit/full_rank1", *main.METHODS, *main.NEW_METHODS}
 for curves in (TRADE_OFF, NEW_DATA, LOW_RANK):
     NAMES.update(*curves.values())
+BARS = (("digit/baseline", "baseline", -1), ("digit/lora", "LoRA", 1))
 ROWS, DRAW = [], random.Random(0)
 for task, method in sorted(name.split("/") for name in NAMES):
     cost = DRAW.randrange(10, 3_000_000)  # the same for all of its seeds, unlike the rest
@@ -44,13 +46,13 @@ def test_a_cell_is_one_value_or_the_mean_and_deviation_of_several() -> None:
         found = [{"task": "a", "method": "b", metric: value} for value in values]
         return [*found, {"task": "a", "method": "c", "x": 7}], "a/b", metric
 
-    assert main.text(*rows(0.5)) == "0.5"
-    assert main.text(*rows(11_230_613, 11_230_613)) == "11,230,613"  # as all seeds have it
-    assert main.text(*rows(1, 2, 6)) == "3.0±2.6"
-    assert main.text(*rows(100, 200, 600)) == "300±265"
-    assert main.text(*rows(0.97494, metric="accuracy")) == "97.49%"
-    assert main.text(*rows(0.97, 0.98, metric="accuracy_upright")) == "97.5%±0.7%"
-    assert main.text(*rows()) == ""
+    assert main.cell(*rows(0.5)) == "0.5"
+    assert main.cell(*rows(11_230_613, 11_230_613)) == "11,230,613"  # as all seeds have it
+    assert main.cell(*rows(1, 2, 6)) == "3.0±2.6"
+    assert main.cell(*rows(100, 200, 600)) == "300±265"
+    assert main.cell(*rows(0.97494, metric="accuracy")) == "97.49%"
+    assert main.cell(*rows(0.97, 0.98, metric="accuracy_upright")) == "97.5%±0.7%"
+    assert main.cell(*rows()) == ""
     assert main.mean(*rows([1, 30], [2, 50], [6, 70])) == [3, 50]
     assert [main.seeds_note(x) for x in (ROWS[7:8], ROWS)] == ["seed 7", "mean of 20 seeds"]
 
@@ -71,15 +73,15 @@ def test_the_tables_hold_each_number_in_its_place_in_80_columns(capsys: Any) -> 
     ):
         assert heading[23:].split() == " ".join(columns).split()
         for line, (name, label) in zip(lines, methods.items()):
-            cells = [main.text(ROWS, name, metric) for metric in columns.values()]
+            cells = [main.cell(ROWS, name, metric) for metric in columns.values()]
             assert line.split() == [*label.split(), *cells]
 
     heading, *lines, last, _ = printed(main.print_low_rank, 4)
     assert re.findall(r"rank (\d+)", heading) == [str(rank) for rank in RANKS]
     for line, (word, names) in zip(lines, LOW_RANK.items(), strict=True):
-        cells = [main.text(ROWS, name, "accuracy_eighth") for name in names]
+        cells = [main.cell(ROWS, name, "accuracy_eighth") for name in names]
         assert (line.split()[0], line.split()[-5:]) == (word, cells)
-    full, part = (main.text(ROWS, f"digit/{x}", "digit_errors") for x in ("full", "full_rank1"))
+    full, part = (main.cell(ROWS, f"digit/{x}", "digit_errors") for x in ("full", "full_rank1"))
     assert re.search(rf": {full} .* {part} ", last)
 
     _, about, heading, *lines, _ = printed(main.print_errors, 4)
@@ -102,40 +104,44 @@ def job() -> main.Job:
     return main.Job(main.Settings(), 4, 0, data, test, *models, before, after, [])
 
 
-def strip(axes: Any) -> tuple[torch.Tensor, list[Any]]:
+def strip(axes: Any, low: int = 0) -> tuple[torch.Tensor, list[Any]]:
     """The tiles of a strip, on the one scale of all, and the text below each."""
     (image,) = axes.images
-    assert image.get_clim() == (-1, 1)
+    assert image.get_clim() == (low, 1)
     tiles = torch.from_numpy(image.get_array().data).unflatten(1, (-1, 30)).transpose(0, 1)
     assert [x.get_position()[0] for x in axes.texts] == list(range(15, 30 * len(tiles), 30))
     return tiles[:, :, 1:29], axes.texts
 
 
 def check_plane(axes: Any, x: str, y: str, dials: Any, methods: dict[str, str]) -> None:
-    """Each dial is a curve through its rows; each method is a point with its label."""
+    """Each dial is a curve and each method a point; a line leads from each to its label."""
     points = {name: (main.mean(ROWS, name, x), main.mean(ROWS, name, y)) for name in NAMES}
-    lines = [[tuple(place) for place in line.get_xydata()] for line in axes.get_lines()]
-    assert lines[:2] == [[points[name] for name in names] for names in dials.values()]
-    assert sorted(lines[2:]) == sorted([points[name]] for name in methods)
-    assert all(word in line.get_label() for word, line in zip(dials, axes.get_lines()))
-    labels = {x.get_position()[1]: (x.get_text(), x.xy) for x in axes.texts if hasattr(x, "xy")}
-    ordered = sorted(methods, key=lambda name: points[name][1])  # so that no lines to labels cross
-    attached = [labels[height] for height in sorted(labels)]
-    assert attached == [(methods[name], points[name]) for name in ordered]
+    expected = [*dials.items(), *[(label, [name]) for name, label in methods.items()]]
+    for curve, text, (label, names) in zip(axes.get_lines(), axes.texts, expected, strict=True):
+        assert [tuple(place) for place in curve.get_xydata()] == [points[name] for name in names]
+        assert label in text.get_text()
+        assert text.xy in [points[name] for name in names[1:-1] or names]
+        assert text.get_color() == curve.get_color()
+        assert (text.get_color() == "black") == (len(names) == 1)
+    places = sorted((text.get_position()[1], text.xy[1]) for text in axes.texts)
+    heights, attached = zip(*places, strict=True)
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.08  # a label's height
+    assert list(attached) == sorted(attached)  # so that fewer of the lines cross
 
 
 def test_the_trade_off_has_each_method_and_both_dials() -> None:
     (axes,) = main.draw_trade_off(ROWS, 4).axes
     check_plane(axes, "digit_errors", "accuracy", TRADE_OFF, main.METHODS)
-    assert axes.get_xlabel() == f"errors on 4, {main.seeds_note(ROWS)}"
+    assert axes.get_xlabel() == "errors on 4"
 
 
 def test_new_data_shows_what_both_models_say_and_both_dials(job: main.Job) -> None:
     images = job.data.test.images[8:16]
     answers = [model(images).argmax(1) for model in (job.baseline, job.start)]
     turned = main.Split(images, answers[0].where(torch.arange(8) < 3, answers[1]))
-    tuned = main.Tuned(job.lora, turned, turned, job.start, job.lora, [])
-    *strips, plane = main.draw_new_data(ROWS, job, tuned).axes
+    own = {"turned": job.data.train, "turned_test": turned, "full": job.lora}
+    tuned = main.Tuned(**vars(job), **own, new_lora=job.start, new_full=job.lora)
+    *strips, plane = main.draw_new_data(ROWS, tuned).axes
     check_plane(plane, "accuracy_eighth", "accuracy_upright_eighth", NEW_DATA, main.NEW_METHODS)
     for axes, says in zip(strips, answers, strict=True):
         tiles, words = strip(axes)
@@ -149,10 +155,10 @@ def test_new_data_shows_what_both_models_say_and_both_dials(job: main.Job) -> No
 def test_low_rank_has_its_cuts_two_curves_and_the_ceiling(job: main.Job) -> None:
     top, bottom = main.draw_low_rank(ROWS, job).axes
     tiles, words = strip(top)
-    image = main.pixels(job.data.test)[4]
+    image = main.pixels(job.images)[0]
     assert torch.equal(tiles, torch.stack([*[main.cut(image, rank) for rank in RANKS], image]))
     assert [word.get_text() for word in words[:5]] == [f"rank {rank}" for rank in RANKS]
-    ceiling, *curves = bottom.get_lines()
+    *curves, ceiling = bottom.get_lines()
     assert set(ceiling.get_ydata()) == {main.mean(ROWS, "new_data/full", "accuracy_eighth")}
     expected = []
     for curve, (word, names) in zip(curves, LOW_RANK.items(), strict=True):
@@ -166,12 +172,14 @@ def test_low_rank_has_its_cuts_two_curves_and_the_ceiling(job: main.Job) -> None
 def test_the_bars_are_the_errors_on_each_digit() -> None:
     (axes,) = main.draw_errors(ROWS, 4).axes
     assert (axes.patches[0].get_x(), axes.patches[0].get_width()) == (3.5, 1)
-    methods = (("digit/baseline", "baseline", -0.2), ("digit/lora", "LoRA", 0.2))
-    for bars, (name, label, side) in zip(axes.containers, methods, strict=True):
+    for bars, (name, label, side) in zip(axes.containers, BARS, strict=True):
         assert bars.get_label() == label
-        drawn = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bars]
-        errors = enumerate(main.mean(ROWS, name, "errors"))
-        assert drawn == [(digit + side, count) for digit, count in errors]
+        errors = main.mean(ROWS, name, "errors")
+        assert [bar.get_height() for bar in bars] == errors
+        places = [bar.get_x() + bar.get_width() / 2 - digit for digit, bar in enumerate(bars)]
+        assert all(0 < side * place < 0.5 for place in places)
+    written = [text.get_text() for text in axes.texts]
+    assert written == [f"{x:.0f}" for name, _, _ in BARS for x in main.mean(ROWS, name, "errors")]
 
 
 def test_the_examples_are_the_first_of_their_kind(job: main.Job) -> None:
@@ -192,16 +200,16 @@ def test_what_lora_learned_is_the_start_the_change_and_their_sum(job: main.Job) 
     layers = [main.lora_layers(model)["linear1"] for model in (job.start, job.lora)]
     before, after = (layer.lora_A[:4].detach().view(4, 28, 28) for layer in layers)
     expected = torch.stack([before, after - before, after])
-    tiles = strip(left)[0].view(3, 4, 30, 28)  # with a line above each and below
+    tiles = strip(left, low=-1)[0].view(3, 4, 30, 28)  # with a line above each and below
     assert torch.equal(tiles[:, :, 1:-1], expected / expected.abs().max())
-    sizes = [(area.get_width(), area.get_height()) for area in right.patches]
-    assert sizes == [(784, 1000), (6, 1000), (784, 6)]
+    sizes = [area.get_paths()[0].get_extents().size.tolist() for area in right.collections]
+    assert sizes == [[784, 1000], [6, 1000], [784, 6]]
 
 
 def test_a_user_s_own_style_neither_changes_nor_breaks_the_pictures(job: main.Job) -> None:
-    plain = main.draw(ROWS, job, None)
+    plain = main.draw(ROWS, job)
     assert sorted(plain) == ["error_counts.png", "examples.png", "learned.png"]
     own = {"text.usetex": True, "font.size": 30, "font.family": "no font", "savefig.format": "pdf"}
     with matplotlib.rc_context(own):
-        assert main.draw(ROWS, job, None) == plain
+        assert main.draw(ROWS, job) == plain
         assert matplotlib.rcParams["font.size"] == 30
