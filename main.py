@@ -2,12 +2,14 @@
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) freezes a trained network and learns a small
 correction of each weight matrix: here of a network that reads handwritten digits, from images of 9
-alone, as in a well-known demonstration. Means over 20 seeds on 10,000 test images: with 0.242 %
-more parameters, errors on 9 fall from 44.0 to 4.1, accuracy falls from 97.43 to 91.77 %. (The 9 is
-given: it is the worst digit of test images in 18 of 20 seeds, of validation images in none.)
+alone, as in a well-known demonstration. It adds 0.242 % parameters. Errors on 9 fall from 44.0 to
+4.1; accuracy falls from 97.43 to 91.77 %. These are means over 20 seeds on 10,000 test images.
+(The 9 is the demonstration's. It is the worst digit of test images in 18 of 20 seeds, of
+validation images in none.)
 
-Read the Tools and The main job: then you have seen all of LoRA. Each of the three questions after
-them can be read alone, and deleted with its lines in `run_seed`, `draw` and `run`.
+Read the Tools and The main job: then you have seen all of LoRA (small helpers follow). Each of the
+three questions after them can be read alone, and deleted with its lines in `run_seed`, `draw` and
+`run`.
 """
 
 # mypy: disable-error-code="import-untyped, no-any-return, no-untyped-call"
@@ -273,16 +275,16 @@ def check_lora(baseline: Model, lora: Model, some: Split) -> Row:
     """Hold LoRA to what it promises, on some images. Raises RunError, which says what was found."""
     on, merged = evaluate(lora, some), evaluate(merge_lora(baseline, lora), some)
     off = evaluate(set_strength(deepcopy(lora), 0.0), some)
-    found = {
+    broken = {  # each promise, and what speaks against it
         "frozen_weights_unchanged": changed_tensors(baseline, lora),
         "lora_off_equals_baseline": int((off != evaluate(baseline, some)).sum()),
         "merged_equals_lora": int((on.argmax(1) != merged.argmax(1)).sum()),
         "only_lora_trained": [name for name in trained_state(lora) if "lora_" not in name],
     }
-    if any(found.values()):
-        raise RunError(f"LoRA broke a promise; what differs, by name or number: {found}")
+    if any(broken.values()):
+        raise RunError(f"LoRA broke a promise; what differs, by name or number: {broken}")
     overhead = count_trainable(lora) / count_trainable(baseline)
-    return {"checks": dict.fromkeys(found, True), "parameter_overhead": overhead}
+    return {"checks": dict.fromkeys(broken, True), "parameter_overhead": overhead}
 
 
 def main_job(settings: Settings, seed: int, data: Data) -> Job:
@@ -310,9 +312,7 @@ def print_main_job(rows: Rows, job: Job) -> None:
         (outs, rank), ins = lora.lora_B.shape, lora.lora_A.shape[1]
         print(f"  {name}: frozen W {outs} x {ins} + lora_B {outs} x {rank} @ lora_A {rank} x {ins}")
     added, frozen = count_trainable(job.lora), count_trainable(job.baseline)
-    print(
-        f"  ok  {added:,} learned (+{added / frozen:.3%}), {frozen:,} frozen: the same, bit for bit"
-    )
+    print(f"  ok  {added:,} learned (+{added / frozen:.3%}), {frozen:,} frozen: the same bits")
     print("  ok  switched off, it is exactly the baseline; merged, it predicts the same")
     print_errors(rows, job.digit)
 
@@ -322,7 +322,7 @@ def draw_learned(job: Job) -> Figure:
     start, lora = (lora_layers(model)["linear1"] for model in (job.start, job.lora))
     first, last = (layer.lora_A[:4].detach().cpu().view(-1, 28, 28) for layer in (start, lora))
     tiles = F.pad(torch.stack([first, last - first, last]), (0, 0, 1, 1)).flatten(1, 2)
-    title, height = f"Training writes a {job.digit} into LoRA's noise", 1 + 2 * len(first)
+    title, height = "Training leaves a trace of its images in lora_A", 1 + 2 * len(first)
     figure, (left, right) = new_figure(title, height, ncols=2, width_ratios=[5, 2])
     words = ["random start", "+ training adds", "= lora_A"]
     draw_tiles(left, "white is negative, black positive", tiles / tiles.abs().max(), words, low=-1)
@@ -422,7 +422,8 @@ def print_table(lines: list[list[str]], first: int = 21, width: int = 11) -> Non
 
 def print_methods(title: str, rows: Rows, methods: dict[str, str], columns: dict[str, str]) -> None:
     """A line for each method, by name and label; the columns are metrics, by heading."""
-    lines = [[title, *columns]]
+    print(title)
+    lines = [["", *columns]]
     for name, label in methods.items():
         lines.append([label, *[cell(rows, name, metric) for metric in columns.values()]])
     print_table(lines)
@@ -498,21 +499,26 @@ def draw_errors(rows: Rows, digit: int) -> Figure:
 
 def draw_plane(axes: Any, rows: Rows, x: str, y: str, curves: dict[str, list[str]]) -> None:
     """A curve through the rows of each label, or a point for one row, placed by two metrics."""
-    labelled = {label: names[len(names) // 2] for label, names in curves.items()}
-    order = sorted(curves, key=lambda label: mean(rows, labelled[label], y))
+    colors = {}
     for label, names in curves.items():
         xs = [mean(rows, name, x) for name in names]
         ys = [mean(rows, name, y) for name in names]
         [curve] = axes.plot(xs, ys, "o-", color="black" if len(names) == 1 else None)
-        point = mean(rows, labelled[label], x), mean(rows, labelled[label], y)
-        place = 0.4, 0.02 + 0.8 * order.index(label) / len(order)  # where no curve passes
-        start = 0 if point[0] < fmean(axes.get_xlim()) else 0.5  # of the line, along the label
-        line = {"arrowstyle": "-", "color": GREY, "relpos": (start, 0.5)}
-        look = {"color": curve.get_color(), "textcoords": "axes fraction"}
-        axes.annotate(label, point, place, arrowprops=line, **look)
+        colors[label] = curve.get_color()
+
+    # The labels stand one above the other where no curve passes, in the order of what they name:
+    # of a curve, that is the row in its middle.
+    named = {label: names[len(names) // 2] for label, names in curves.items()}
+    for i, label in enumerate(sorted(named, key=lambda label: mean(rows, named[label], y))):
+        point = mean(rows, named[label], x), mean(rows, named[label], y)
+        place = 0.4, 0.02 + 0.8 * i / len(named)
+        side = 0 if point[0] < fmean(axes.get_xlim()) else 0.5  # of the label, where its line ends
+        line = {"arrowstyle": "-", "color": GREY, "relpos": (side, 0.5)}
+        look = {"color": colors[label], "bbox": {"color": "white", "pad": 0}}
+        axes.annotate(label, point, place, textcoords="axes fraction", arrowprops=line, **look)
 
 
-# --- What two questions share ---------------------------------------------------------------------
+# --- What the questions share ---------------------------------------------------------------------
 
 FULL_LR = 6e-5  # on the digit; this rate and those below were chosen on validation images
 NEW_DATA_LR = {
@@ -559,7 +565,7 @@ def score_turned(job: Tuned, method: str, model: Model, every: int = 1, **more: 
     """
     test = job.turned_test[::every]
     turned, upright = evaluate(model, test), job.before[::every]
-    if model is not job.baseline:  # of which it is known
+    if model is not job.baseline:  # whose logits of upright images are in `job.before`
         upright = evaluate(model, job.data.test[::every])
     eighth = slice(None, None, 8 // every)
     more["accuracy_upright"] = accuracy(upright, test)
@@ -667,10 +673,11 @@ def print_comparison(rows: Rows, digit: int) -> None:
         "trained": "trainable_parameters",
         "file bytes": "file_bytes",
     }
-    print_methods(f"1. learning {digit}", rows, METHODS, columns)
+    title = "  1. What did it cost, and would something simpler do? (10,000 test images)"
+    print_methods(title, rows, METHODS, columns)
     strength = cell(rows, "digit/lora_balanced", "strength")
     bias = cell(rows, "digit/logit_bias", "strength")
-    print(f"  strength {strength}, bias {bias}: each loses at most 1 point on validation images")
+    print(f"  turned down to {strength}, bias {bias}: at most 1 point lost on validation data")
     print(f"  LoRA + other digits: {OTHERS} images of others for each {digit} in its training data")
     print("  mean change: LoRA's average effect on the ten outputs, the same for all images\n")
 
@@ -696,7 +703,7 @@ def draw_trade_off(rows: Rows, digit: int) -> Figure:
 RANKS = [1, 2, 4, 8, 16]
 CURVES = {
     "LoRA of this rank": [f"new_data/lora_rank{rank}" for rank in RANKS],
-    "full cut to this rank": [f"new_data/full_part_rank{rank}" for rank in RANKS],
+    "full fine-tuning, cut": [f"new_data/full_part_rank{rank}" for rank in RANKS],
 }
 
 
@@ -727,7 +734,8 @@ def cut_to_low_rank(job: Tuned) -> Iterator[Row]:
 
 
 def print_low_rank(rows: Rows, digit: int) -> None:
-    lines = [["2. turned (of 1,250)", *[f"rank {rank}" for rank in RANKS]]]
+    print("  2. Why is low rank enough, and when is it not? (right, of 1,250 turned digits)")
+    lines = [["", *[f"rank {rank}" for rank in RANKS]]]
     for label, names in CURVES.items():
         lines.append([label, *[cell(rows, name, "accuracy_eighth") for name in names]])
     print_table(lines)
@@ -741,15 +749,15 @@ def draw_low_rank(rows: Rows, job: Job) -> Figure:
     title, shape = "At ranks 1 to 8, LoRA beats fine-tuning cut to them", [1, 2.4]
     figure, (top, bottom) = new_figure(title, height=6, nrows=2, height_ratios=shape)
     image = pixels(job.images)[0]
-    tiles = [cut(image, rank) for rank in RANKS]
+    tiles = torch.stack([*[cut(image, rank) for rank in RANKS], image])
     ranks = [f"rank {rank}" for rank in RANKS]
-    draw_tiles(top, "one image, cut to low rank", torch.stack([*tiles, image]), [*ranks, "whole"])
+    draw_tiles(top, "cutting to low rank, shown on an image", tiles, [*ranks, "whole"])
     look = {"ha": "center", "textcoords": "offset points"}
-    for (label, names), above in zip(CURVES.items(), (6, -16)):
+    for (label, names), color, above in zip(CURVES.items(), (BLUE, ORANGE), (6, -16)):
         heights = [mean(rows, name, "accuracy_eighth") for name in names]
-        bottom.plot(ranks, heights, "o-", label=label)
+        bottom.plot(ranks, heights, "o-", color=color, label=label)
         for rank, height in zip(ranks, heights):
-            bottom.annotate(f"{height:.0%}", (rank, height), (0, above), **look)
+            bottom.annotate(f"{height:.0%}", (rank, height), (0, above), color=color, **look)
     whole = mean(rows, "new_data/full", "accuracy_eighth")
     bottom.axhline(whole, color=GREY, label="full fine-tuning", zorder=0)
     bottom.yaxis.set_major_formatter("{x:.0%}")
@@ -796,13 +804,14 @@ def print_new_data(rows: Rows, angle: float) -> None:
         "trained": "trainable_parameters",
         "file bytes": "file_bytes",
     }
-    print_methods("3. turned (of 10,000)", rows, NEW_METHODS, columns)
-    print(f"  turned by {angle:g} degrees; switched off, LoRA is exactly the baseline\n")
+    title = f"  3. What is LoRA for? (10,000 digits, turned by {angle:g} degrees and upright)"
+    print_methods(title, rows, NEW_METHODS, columns)
+    print("  switched off, LoRA is exactly the baseline\n")
 
 
 def draw_new_data(rows: Rows, job: Tuned) -> Figure:
     """What is said of the first turned digits; then, what each method learned and forgot."""
-    title, shape = "LoRA learns turned digits and forgets upright ones", [1, 1, 4]
+    title, shape = "Learning turned digits costs upright ones", [1, 1, 4]
     figure, (top, middle, bottom) = new_figure(title, height=7, nrows=3, height_ratios=shape)
     first = job.turned_test[:8]
     models = ((top, "the baseline", job.baseline), (middle, "LoRA", job.new_lora))
@@ -967,7 +976,7 @@ def pick_device(name: str) -> torch.device:
 
 def run_seed(settings: Settings, seed: int, data: Data) -> Job:
     """All that is measured for one seed: its rows, and the models that its pictures show."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     job = main_job(settings, seed, data)
     if not settings.main_job_only:
         job = fine_tune(job)
@@ -975,7 +984,7 @@ def run_seed(settings: Settings, seed: int, data: Data) -> Job:
         job.rows += cut_to_low_rank(job)
         job.rows += learn_and_forget(job)
     job.rows = [{"seed": seed, **row} for row in job.rows]
-    print(f"  seed {seed}: {time.perf_counter() - start:.1f} s")
+    print(f"  seed {seed}: {time.perf_counter() - began:.1f} s")
     return job
 
 
@@ -995,7 +1004,7 @@ def draw(rows: Rows, job: Job) -> dict[str, bytes]:
             figures["low_rank.png"] = draw_low_rank(rows, job)
             figures["new_data.png"] = draw_new_data(rows, job)
         for name, figure in figures.items():
-            note = f"numbers: {seeds_note(rows)}; images: seed {job.seed}"
+            note = f"bars and curves: {seeds_note(rows)}; images: seed {job.seed}"
             figure.supxlabel(note, fontsize="small")
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=150)
@@ -1006,12 +1015,10 @@ def draw(rows: Rows, job: Job) -> dict[str, bytes]:
 def run(settings: Settings) -> None:
     """Read the data, measure each seed, print, draw, and write the files."""
     make_repeatable()
-    folder, device = settings.output_dir, pick_device(settings.device)
+    digit, folder, device = settings.digit, settings.output_dir, pick_device(settings.device)
     data = load_mnist(settings.data_dir, device)
     write_files(folder, {})  # if it cannot be written, this says so before training
-    print(
-        f"LoRA on MNIST: digit {settings.digit}, rank {settings.rank}, {device} (options: --help)"
-    )
+    print(f"LoRA on MNIST: digit {digit}, rank {settings.rank}, {device} (options: --help)")
     first = run_seed(settings, settings.seed, data)
     rows = [*first.rows]
     for seed in range(settings.seed + 1, settings.seed + settings.seeds):
@@ -1020,8 +1027,8 @@ def run(settings: Settings) -> None:
 
     print_main_job(rows, first)
     if not settings.main_job_only:
-        print_comparison(rows, first.digit)
-        print_low_rank(rows, first.digit)
+        print_comparison(rows, digit)
+        print_low_rank(rows, digit)
         print_new_data(rows, settings.angle)
 
     files = {"metrics.json": metrics_file(settings, device, rows), **weight_files(first)}
