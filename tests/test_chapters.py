@@ -45,8 +45,7 @@ def without(question: int) -> str:
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         statement = isinstance(node, ast.Expr | ast.Assign | ast.AugAssign)
-        block = isinstance(node, ast.With) and len(node.body) == 1
-        if (statement or block) and own & {getattr(x, "id", "") for x in ast.walk(node)}:
+        if statement and own & {getattr(x, "id", "") for x in ast.walk(node)}:
             for i in range(node.lineno - 1, node.end_lineno):
                 lines[i] = ""
     return "\n".join(lines)

@@ -8,8 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import fields
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,14 +46,10 @@ def test_a_wrong_argument_is_refused_by_name_and_value(argument: str, capsys: Ca
     assert name in line and value in line
 
 
-def test_the_help_lists_each_option_with_its_default(capsys: Capture) -> None:
+def test_the_help_names_what_the_baseline_learns_from(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main.parse(["--help"])
-    help = " ".join(capsys.readouterr().out.split())
-    assert "55,000" in help  # as tests/test_data.py counts
-    for setting in fields(main.Settings):
-        assert f" --{setting.name.replace('_', '-')} " in help
-        assert f"{setting.metadata['help']} (default: {setting.default})" in help
+    assert "55,000" in capsys.readouterr().out  # as tests/test_data.py counts
 
 
 @pytest.mark.parametrize("device", ["tpu", "xpu"])
@@ -141,16 +136,9 @@ def test_a_run_is_the_same_in_a_thread_of_another_process_and_its_main_job_alone
     assert json.loads(saved(tmp_path / "alone")["metrics.json"])["rows"] == rows[:2]
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C reaches a test and what it starts, in a background job too, which ignores it."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_and_a_full_disk_end_with_their_status_and_a_line(tmp_path: Path) -> None:
+    # Ctrl-C reaches what is started here, in a background job too, which ignores it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     main.write_files(tmp_path, OLD)
     script = f"'{sys.executable}' '{SCRIPT}' --main-job-only --output-dir {tmp_path}"
     expected = {  # all at once, since an import of torch takes seconds
@@ -165,9 +153,12 @@ def test_an_interruption_and_a_full_disk_end_with_their_status_and_a_line(tmp_pa
         (line,) = process.communicate()[1].splitlines()
         assert process.returncode == status and message in line
     assert saved(tmp_path) == OLD
+    signal.signal(signal.SIGINT, handler)
 
 
-def test_a_write_that_fails_or_is_killed_leaves_the_old_files(tmp_path: Path) -> None:
+def test_a_write_that_fails_or_is_killed_leaves_the_old_files(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fail() -> None:
@@ -179,6 +170,7 @@ def test_a_write_that_fails_or_is_killed_leaves_the_old_files(tmp_path: Path) ->
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which is sent at the byte that is too much
         fail()
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # it may be another disk
     main.write_files(tmp_path, OLD)
     with pytest.raises(main.InputError, match=f"--output-dir {tmp_path}: File too large"):
         fail()

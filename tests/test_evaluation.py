@@ -1,4 +1,4 @@
-"""Counting, and the checks of LoRA, each of which has to fail once."""
+"""Evaluation in parts, and the checks of LoRA, each of which has to fail once."""
 
 import ast
 import copy
@@ -25,21 +25,6 @@ def test_logits_of_more_images_than_are_evaluated_at_once() -> None:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         assert not logits.requires_grad
     assert len(calls) == 3  # not once for each 625 images
-
-
-def test_score_against_a_count_by_hand() -> None:
-    predictions = torch.tensor([9, 9, 4, 7, 9, 2, 9, 0, 3])
-    split = main.Split(torch.empty(9, 0), torch.tensor([9, 4, 4, 4, 7, 7, 3, 0, 9]))
-    assert main.score("digit/lora", torch.eye(10)[predictions], split, digit=9, strength=0.5) == {
-        "task": "digit",
-        "method": "lora",
-        "images": 9,
-        "accuracy": 3 / 9,
-        "errors": [0, 0, 0, 1, 2, 0, 0, 2, 0, 1],
-        "digit_errors": 1,
-        "false_positives": 3,
-        "strength": 0.5,
-    }
 
 
 IMAGES = torch.randn(700, 600)  # in parts of 625 and 75

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -48,9 +49,6 @@ SEED, DIGIT, SCALING = OPTIONS["seed"], OPTIONS["digit"], OPTIONS["alpha"] / OPT
 Tensors = dict[str, Tensor]
 
 
-# --- What the script finds ------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def data(mnist: main.Data) -> main.Data:
     return first_images(mnist, 700, 300, 600)
@@ -72,13 +70,13 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
         for name, call in calls.items():
             patch.setattr(main, name, call)
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        assert main.main(arguments) == 0
+        with redirect_stdout(io.StringIO()) as out:
+            assert main.main(arguments) == 0
     metrics = json.loads((folder / "metrics.json").read_text())
     given = {name: [tuple(x.args) for x in call.call_args_list] for name, call in calls.items()}
-    return SimpleNamespace(folder=folder, metrics=metrics, rows=metrics["rows"], calls=given)
-
-
-# --- The same, a second time ----------------------------------------------------------------------
+    found = SimpleNamespace(folder=folder, metrics=metrics, rows=metrics["rows"], calls=given)
+    found.printed = out.getvalue()
+    return found
 
 
 @dataclass
@@ -299,9 +297,6 @@ def expected(data: main.Data) -> SimpleNamespace:
     return job
 
 
-# --- Both are the same ----------------------------------------------------------------------------
-
-
 def test_the_run_can_tell_one_thing_from_another(expected: Any) -> None:
     for name, value in OPTIONS.items():
         assert name in ("device", "main_job_only") or value != getattr(main.Settings(), name)
@@ -367,10 +362,21 @@ def test_each_picture_is_drawn_once_of_the_first_seed(found: Any, data: Any, exp
     assert torch.equal(says, expected.says)
 
 
+def test_the_tables_of_all_seeds_are_printed(found: Any, capsys: pytest.CaptureFixture) -> None:
+    for show in (main.print_errors, main.print_comparison, main.print_low_rank):
+        show(found.rows, DIGIT)
+    main.print_new_data(found.rows, OPTIONS["angle"])
+    assert capsys.readouterr().out in found.printed
+    assert all(f"seed {seed}: " in found.printed for seed in (SEED, SEED + 1))
+    assert " 6 pictures," in found.printed
+    lines = (found.folder / "metrics.json").read_text().splitlines()
+    assert len(lines) == 1 + len(found.rows)  # one for each
+
+
 def test_two_seeds_are_two_runs_of_one(found: Any, data: main.Data, monkeypatch: Any) -> None:
     monkeypatch.setattr(main, "NEW_DATA_LR", LR)
     monkeypatch.setattr(main, "FULL_LR", FULL_LR)
-    rows = main.run_seed(main.Settings(**OPTIONS), SEED + 1, data).rows
+    rows = main.run_seed(main.Settings(**OPTIONS | {"seed": SEED + 1}), SEED + 1, data).rows
     second = [row for row in found.rows if row["seed"] == SEED + 1]
     assert json.loads(json.dumps(rows)) == second
     assert rows[0]["errors"] != found.rows[0]["errors"]

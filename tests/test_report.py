@@ -3,6 +3,8 @@
 import itertools
 import random
 import re
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -54,7 +56,9 @@ def test_a_cell_is_one_value_or_the_mean_and_deviation_of_several() -> None:
     assert main.cell(*rows(0.97, 0.98, metric="accuracy_upright")) == "97.5%±0.7%"
     assert main.cell(*rows()) == ""
     assert main.mean(*rows([1, 30], [2, 50], [6, 70])) == [3, 50]
-    assert [main.seeds_note(x) for x in (ROWS[7:8], ROWS)] == ["seed 7", "mean of 20 seeds"]
+    assert main.mean(*rows(0, 4)) == 2
+    notes = [main.seeds_note(x) for x in (ROWS[7:8], ROWS[7:9], ROWS)]
+    assert notes == ["seed 7", "mean of 2 seeds", "mean of 20 seeds"]
 
 
 def test_the_tables_hold_each_number_in_its_place_in_80_columns(capsys: Any) -> None:
@@ -67,9 +71,13 @@ def test_the_tables_hold_each_number_in_its_place_in_80_columns(capsys: Any) -> 
     errors = {"missed 4s": "digit_errors", "false 4s": "false_positives", "right": "accuracy"}
     shares = {"turned": "accuracy", "upright": "accuracy_upright"}
     costs = {"trained": "trainable_parameters", "file bytes": "file_bytes"}
+    comparison, new_data = printed(main.print_comparison, 4), printed(main.print_new_data, 359.25)
+    strengths = [main.cell(ROWS, f"digit/{x}", "strength") for x in ("lora_balanced", "logit_bias")]
+    assert " to {}, bias {}:".format(*strengths) in comparison[9]
+    assert f" {main.OTHERS} images " in comparison[10] and " 359.25 degrees" in new_data[0]
     for (_, heading, *lines), methods, columns in (
-        (printed(main.print_comparison, 4), main.METHODS, errors | costs),
-        (printed(main.print_new_data, 359.25), main.NEW_METHODS, shares | costs),
+        (comparison, main.METHODS, errors | costs),
+        (new_data, main.NEW_METHODS, shares | costs),
     ):
         assert heading.split() == " ".join(columns).split()
         for line, (name, label) in zip(lines, methods.items()):
@@ -97,17 +105,19 @@ def test_the_tables_hold_each_number_in_its_place_in_80_columns(capsys: Any) -> 
 def job() -> main.Job:
     """A main job of random images, models and answers, of which more than half are right."""
     torch.manual_seed(0)
-    test = main.Split(torch.randn(200, 784), torch.arange(200) % 10)
+    data = main.Data(*[main.Split(torch.randn(200, 784), torch.arange(200) % 10) for _ in "123"])
+    test = data.test
     before, after = torch.randn(2, 200, 10) + 2 * torch.eye(10)[test.labels]
     start, lora = (main.attach_lora(main.MNISTClassifier(), 6, 6.0) for _ in range(2))
-    models, data = (main.MNISTClassifier(), start, lora), main.Data(test, test, test)
-    return main.Job(main.Settings(), 4, 0, data, test, *models, before, after, [])
+    models, images = (main.MNISTClassifier(), start, lora), data.train[data.train.labels == 4]
+    return main.Job(main.Settings(), 4, 0, data, images, *models, before, after, [])
 
 
 def strip(axes: Any, low: int = 0) -> tuple[torch.Tensor, list[Any]]:
     """The tiles of a strip, on the one scale of all, and the text below each."""
     (image,) = axes.images
     assert image.get_clim() == (low, 1)
+    assert image.get_cmap()(0.0)[:3] == (1, 1, 1)  # `low` is white
     tiles = torch.from_numpy(image.get_array().data).unflatten(1, (-1, 30)).transpose(0, 1)
     assert [x.get_position()[0] for x in axes.texts] == list(range(15, 30 * len(tiles), 30))
     return tiles[:, :, 1:29], axes.texts
@@ -129,12 +139,15 @@ def check_plane(axes: Any, x: str, y: str, dials: Any, methods: dict[str, str]) 
     heights, attached = zip(*places, strict=True)
     assert min(b - a for a, b in itertools.pairwise(heights)) > 0.08  # a label's height
     assert list(attached) == sorted(attached)  # so that fewer of the lines cross
+    assert {text.anncoords for text in axes.texts} == {"axes fraction"}
+    assert all(0 <= part < 0.9 for text in axes.texts for part in text.xyann)
 
 
 def test_the_trade_off_has_each_method_and_both_dials() -> None:
     (axes,) = main.draw_trade_off(ROWS, 4).axes
     check_plane(axes, "digit_errors", "accuracy", TRADE_OFF, main.METHODS)
-    assert axes.get_xlabel() == "errors on 4"
+    assert (axes.get_xlabel(), axes.get_title()) == ("errors on 4", "↖ better")
+    assert axes.yaxis.get_major_formatter()(0.9743) == "97.4%"
 
 
 def test_new_data_shows_what_both_models_say_and_both_dials(job: main.Job) -> None:
@@ -145,7 +158,10 @@ def test_new_data_shows_what_both_models_say_and_both_dials(job: main.Job) -> No
     tuned = main.Tuned(**vars(job), **own, new_lora=job.start, new_full=job.lora)
     *strips, plane = main.draw_new_data(ROWS, tuned).axes
     check_plane(plane, "accuracy_eighth", "accuracy_upright_eighth", NEW_DATA, main.NEW_METHODS)
-    for axes, says in zip(strips, answers, strict=True):
+    assert "turned" in plane.get_xlabel() and "upright" in plane.get_ylabel()
+    assert plane.get_title("right") == "better ↗"
+    for axes, says, name in zip(strips, answers, ("baseline", "LoRA"), strict=True):
+        assert name in axes.get_title()
         tiles, words = strip(axes)
         assert torch.equal(tiles, main.pixels(turned))
         assert [word.get_text() for word in words] == [str(digit) for digit in says.tolist()]
@@ -169,6 +185,10 @@ def test_low_rank_has_its_cuts_two_curves_and_the_ceiling(job: main.Job) -> None
         assert curve.get_xydata().tolist() == [list(place) for place in enumerate(heights)]
         expected += [(f"rank {x}", height, f"{height:.0%}") for x, height in zip(RANKS, heights)]
     assert [(*text.xy, text.get_text()) for text in bottom.texts] == expected
+    assert bottom.texts[0].xyann[1] > 0 > bottom.texts[-1].xyann[1]
+    legend = [text.get_text() for text in bottom.get_legend().get_texts()]
+    assert legend == [*main.CURVES, "full fine-tuning"]
+    assert bottom.yaxis.get_major_formatter()(0.5) == "50%"
 
 
 def test_the_bars_are_the_errors_on_each_digit() -> None:
@@ -180,6 +200,8 @@ def test_the_bars_are_the_errors_on_each_digit() -> None:
         assert [bar.get_height() for bar in bars] == errors
         places = [bar.get_x() + bar.get_width() / 2 - digit for digit, bar in enumerate(bars)]
         assert all(0 < side * place < 0.5 for place in places)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [*"0123456789"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["baseline", "LoRA"]
     written = [text.get_text() for text in axes.texts]
     assert written == [f"{x:.0f}" for name, _, _ in BARS for x in main.mean(ROWS, name, "errors")]
 
@@ -187,8 +209,9 @@ def test_the_bars_are_the_errors_on_each_digit() -> None:
 def test_the_examples_are_the_first_of_their_kind(job: main.Job) -> None:
     labels, before, after = job.data.test.labels, job.before.argmax(1), job.after.argmax(1)
     was, now = before == labels, after == labels  # right
-    for axes, which in zip(main.draw_examples(job).axes, (~was & now, was & ~now), strict=True):
-        assert axes.get_title().startswith(f"{int(which.sum())} ")
+    kinds = (("put right", ~was & now), ("spoiled", was & ~now))
+    for axes, (word, which) in zip(main.draw_examples(job).axes, kinds, strict=True):
+        assert axes.get_title().startswith(f"{int(which.sum())} images {word}")
         tiles, words = strip(axes)
         first = which.nonzero().flatten()[:8]
         pixels = job.data.test.images[first] * main.STD + main.MEAN
@@ -202,16 +225,42 @@ def test_what_lora_learned_is_the_start_the_change_and_their_sum(job: main.Job) 
     layers = [main.lora_layers(model)["linear1"] for model in (job.start, job.lora)]
     before, after = (layer.lora_A[:4].detach().view(4, 28, 28) for layer in layers)
     expected = torch.stack([before, after - before, after])
-    tiles = strip(left, low=-1)[0].view(3, 4, 30, 28)  # with a line above each and below
+    tiles, words = strip(left, low=-1)
+    assert [word.get_text()[0] for word in words] == ["r", "+", "="]  # random, plus, is
+    tiles = tiles.view(3, 4, 30, 28)  # with a line above each and below
     assert torch.equal(tiles[:, :, 1:-1], expected / expected.abs().max())
-    sizes = [area.get_paths()[0].get_extents().size.tolist() for area in right.collections]
+    W, B, A = [area.get_paths()[0].get_extents() for area in right.collections]
+    sizes = [area.size.tolist() for area in (W, B, A)]
     assert sizes == [[784, 1000], [6, 1000], [784, 6]]
+    assert B.x1 < W.x0 and A.y0 > W.y1 and right.get_aspect() == 1
+    written = re.findall(r"\d+ × \d+", right.texts[0].get_text())
+    assert written == ["1000 × 784", "1000 × 6", "6 × 784"]
 
 
-def test_a_user_s_own_style_neither_changes_nor_breaks_the_pictures(job: main.Job) -> None:
+def test_the_lines_of_the_main_job_are_of_its_lora(job: main.Job, capsys: Any) -> None:
+    main.print_main_job(ROWS, job)
+    first, _, _, added, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith("linear1: frozen W 1000 x 784 + lora_B 1000 x 6 @ lora_A 6 x 784")
+    assert "40,764 learned (+1.452%), 2,807,010 frozen" in added
+
+
+def test_each_file_holds_its_picture_whatever_the_user_s_own_style(
+    job: main.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = main.draw(ROWS, job)
-    assert sorted(plain) == ["error_counts.png", "examples.png", "learned.png"]
     own = {"text.usetex": True, "font.size": 30, "font.family": "no font", "savefig.format": "pdf"}
     with matplotlib.rc_context(own):
         assert main.draw(ROWS, job) == plain
         assert matplotlib.rcParams["font.size"] == 30
+
+    def told(figure: Any, buffer: Any, **_: Any) -> None:
+        buffer.write(f"{figure.get_suptitle()}; {figure.get_supxlabel()}".encode())
+
+    monkeypatch.setattr(main.Figure, "savefig", told)
+    title = {"learned.png": b"trace", "examples.png": b"spoils", "error_counts.png": b"errors"}
+    assert plain.keys() == title.keys()
+    for name, told in main.draw(ROWS, job).items():
+        assert title[name] in told
+        assert told.endswith(b"; bars and curves: mean of 20 seeds; images: seed 0")
+    with warnings.catch_warnings(action="error"):
+        main.draw_examples(replace(job, after=job.before))  # nothing is put right or spoiled
