@@ -332,17 +332,17 @@ def draw_learned(job: Job) -> Figure:
 
 def draw_examples(job: Job) -> Figure:
     """The first test images that LoRA puts right, and the first that it spoils."""
-    figure, (top, bottom) = new_figure("What LoRA puts right and spoils", height=3.8, nrows=2)
+    figure, (top, bottom) = new_figure("LoRA spoils more than it puts right", height=3.8, nrows=2)
     test, before, after = job.data.test, job.before.argmax(1), job.after.argmax(1)
     fixed = (before != test.labels) & (after == test.labels)
     spoiled = (before == test.labels) & (after != test.labels)
-    for axes, color, word, which in (
-        (top, BLUE, "put right", fixed),
-        (bottom, ORANGE, "spoiled", spoiled),
+    for axes, color, kind, which in (
+        (top, BLUE, "wrong before, right now", fixed),
+        (bottom, ORANGE, "right before, wrong now", spoiled),
     ):
         first = which.nonzero().flatten()[:8]
         words = [f"{before[i]} → {after[i]}" for i in first]
-        title = f"{int(which.sum())} images {word}, the first: baseline → LoRA"
+        title = f"{kind}: the first of {int(which.sum())} (baseline → LoRA)"
         draw_tiles(axes, title, pixels(test[first]), words, [color] * 8)
     return figure
 
@@ -462,13 +462,13 @@ def draw_tiles(
     colors: Any = ["black"] * 8,
     low: float = 0,
 ) -> None:
-    """Up to eight images (n, 28, 28) in a row, a word below each; `low` is white and 1 black."""
+    """Up to eight images (n, 28, 28) in a row, a word above each; `low` is white and 1 black."""
     axes.set_title(title)
-    strip = F.pad(tiles, (1, 1), value=low).transpose(0, 1).flatten(1).numpy()  # side by side
+    strip = F.pad(tiles, (1, 1, 8, 0), value=low).transpose(0, 1).flatten(1).numpy()  # side by side
     if len(tiles):
         axes.imshow(strip, "Greys", vmin=low, vmax=1)
     for i, (word, color) in enumerate(zip(words, colors)):
-        axes.text(30 * i + 15, len(strip) + 2, word, color=color, ha="center", va="top")
+        axes.text(30 * i + 15, 5, word, color=color, ha="center")
     axes.set_axis_off()
 
 

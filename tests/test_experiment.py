@@ -74,9 +74,8 @@ def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
             assert main.main(arguments) == 0
     metrics = json.loads((folder / "metrics.json").read_text())
     given = {name: [tuple(x.args) for x in call.call_args_list] for name, call in calls.items()}
-    found = SimpleNamespace(folder=folder, metrics=metrics, rows=metrics["rows"], calls=given)
-    found.printed = out.getvalue()
-    return found
+    found = {"folder": folder, "metrics": metrics, "rows": metrics["rows"], "calls": given}
+    return SimpleNamespace(**found, printed=out.getvalue())
 
 
 @dataclass

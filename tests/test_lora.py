@@ -112,3 +112,6 @@ def test_changed_tensors_names_what_differs_by_a_bit() -> None:
     other = copy.deepcopy(zero)
     other.norm.bias.detach().neg_()  # to -0.0
     assert main.changed_tensors(zero, other) == ["norm.bias"]
+    other.norm.bias = None
+    with pytest.raises(KeyError, match="norm.bias"):
+        main.changed_tensors(zero, other)

@@ -114,13 +114,14 @@ def job() -> main.Job:
 
 
 def strip(axes: Any, low: int = 0) -> tuple[torch.Tensor, list[Any]]:
-    """The tiles of a strip, on the one scale of all, and the text below each."""
+    """The tiles of a strip, on the one scale of all, and the text above each."""
     (image,) = axes.images
     assert image.get_clim() == (low, 1)
     assert image.get_cmap()(0.0)[:3] == (1, 1, 1)  # `low` is white
     tiles = torch.from_numpy(image.get_array().data).unflatten(1, (-1, 30)).transpose(0, 1)
     assert [x.get_position()[0] for x in axes.texts] == list(range(15, 30 * len(tiles), 30))
-    return tiles[:, :, 1:29], axes.texts
+    assert all(0 < x.get_position()[1] < 8 for x in axes.texts)
+    return tiles[:, 8:, 1:29], axes.texts
 
 
 def check_plane(axes: Any, x: str, y: str, dials: Any, methods: dict[str, str]) -> None:
@@ -209,9 +210,9 @@ def test_the_bars_are_the_errors_on_each_digit() -> None:
 def test_the_examples_are_the_first_of_their_kind(job: main.Job) -> None:
     labels, before, after = job.data.test.labels, job.before.argmax(1), job.after.argmax(1)
     was, now = before == labels, after == labels  # right
-    kinds = (("put right", ~was & now), ("spoiled", was & ~now))
+    kinds = (("wrong before, right now", ~was & now), ("right before, wrong now", was & ~now))
     for axes, (word, which) in zip(main.draw_examples(job).axes, kinds, strict=True):
-        assert axes.get_title().startswith(f"{int(which.sum())} images {word}")
+        assert axes.get_title().startswith(f"{word}: the first of {int(which.sum())} ")
         tiles, words = strip(axes)
         first = which.nonzero().flatten()[:8]
         pixels = job.data.test.images[first] * main.STD + main.MEAN
@@ -230,8 +231,7 @@ def test_what_lora_learned_is_the_start_the_change_and_their_sum(job: main.Job) 
     tiles = tiles.view(3, 4, 30, 28)  # with a line above each and below
     assert torch.equal(tiles[:, :, 1:-1], expected / expected.abs().max())
     W, B, A = [area.get_paths()[0].get_extents() for area in right.collections]
-    sizes = [area.size.tolist() for area in (W, B, A)]
-    assert sizes == [[784, 1000], [6, 1000], [784, 6]]
+    assert [[*area.size] for area in (W, B, A)] == [[784, 1000], [6, 1000], [784, 6]]
     assert B.x1 < W.x0 and A.y0 > W.y1 and right.get_aspect() == 1
     written = re.findall(r"\d+ × \d+", right.texts[0].get_text())
     assert written == ["1000 × 784", "1000 × 6", "6 × 784"]
