@@ -1025,6 +1025,7 @@ def run(settings: Settings) -> None:
         rows += run_seed(settings, seed, data).rows
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
 
+    print()
     print_main_job(rows, first)
     if not settings.main_job_only:
         print_comparison(rows, digit)
