@@ -2,14 +2,13 @@
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) freezes a trained network and learns a small
 correction of each weight matrix: here of a network that reads handwritten digits, from images of 9
-alone, as in a well-known demonstration. It adds 0.242 % parameters. Errors on 9 fall from 44.0 to
+alone, as in a known demonstration. It adds 0.242 % parameters. Errors on 9 fall from 44.0 to
 4.1; accuracy falls from 97.43 to 91.77 %. These are means over 20 seeds on 10,000 test images.
 (The 9 is the demonstration's. It is the worst digit of test images in 18 of 20 seeds, of
 validation images in none.)
 
-Read the Tools and The main job: then you have seen all of LoRA (small helpers follow). Each of the
-three questions after them can be read alone, and deleted with its lines in `run_seed`, `draw` and
-`run`.
+Read the Tools and The main job: then you have seen all of LoRA. Each of the three questions after
+them can be read alone, and deleted with its lines in `run_seed`, `draw` and `run`.
 """
 
 # mypy: disable-error-code="import-untyped, no-any-return, no-untyped-call"
@@ -202,7 +201,7 @@ def train(
 ) -> Row:
     """Train whatever in `model` is not frozen, in place: `batch` images a step, shuffled by `seed`.
 
-    The learning rate falls linearly to 0. Returns the costs; raises RunError if it diverges.
+    The learning rate falls linearly to 0. Returns the costs; RunError if weights are not finite.
     """
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -322,8 +321,9 @@ def draw_learned(job: Job) -> Figure:
     start, lora = (lora_layers(model)["linear1"] for model in (job.start, job.lora))
     first, last = (layer.lora_A[:4].detach().cpu().view(-1, 28, 28) for layer in (start, lora))
     tiles = F.pad(torch.stack([first, last - first, last]), (0, 0, 1, 1)).flatten(1, 2)
-    title, height = "Training leaves a trace of its images in lora_A", 1 + 2 * len(first)
-    figure, (left, right) = new_figure(title, height, ncols=2, width_ratios=[5, 2])
+    title, note = "Training leaves a trace of its images in lora_A", f"seed {job.seed}"
+    height, widths = 1 + 2 * len(first), [5, 2]
+    figure, (left, right) = new_figure(title, note, height, ncols=2, width_ratios=widths)
     words = ["random start", "+ training adds", "= lora_A"]
     draw_tiles(left, "white is negative, black positive", tiles / tiles.abs().max(), words, low=-1)
     draw_to_scale(right, lora)
@@ -332,7 +332,8 @@ def draw_learned(job: Job) -> Figure:
 
 def draw_examples(job: Job) -> Figure:
     """The first test images that LoRA puts right, and the first that it spoils."""
-    figure, (top, bottom) = new_figure("LoRA spoils more than it puts right", height=3.8, nrows=2)
+    title, note = "LoRA spoils more than it puts right", f"seed {job.seed}"
+    figure, (top, bottom) = new_figure(title, note, height=3.8, nrows=2)
     test, before, after = job.data.test, job.before.argmax(1), job.after.argmax(1)
     fixed = (before != test.labels) & (after == test.labels)
     spoiled = (before == test.labels) & (after != test.labels)
@@ -347,9 +348,8 @@ def draw_examples(job: Job) -> Figure:
     return figure
 
 
-# --- Rows, tables and pictures: what all chapters use ---------------------------------------------
+# --- Rows, tables and pictures: helpers of the main job and of the questions ----------------------
 
-MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct to the colour-blind, and in print
 STYLE: Any = {
     "axes.prop_cycle": f"cycler(color=['{BLUE}', '{ORANGE}'])",
@@ -397,7 +397,7 @@ def mean(rows: Rows, name: str, metric: str) -> Any:
 
 
 def cell(rows: Rows, name: str, metric: str) -> str:
-    """A metric as one seed or all seeds have it, or its mean ± standard deviation over seeds."""
+    """A metric: its value if all seeds agree, or else its mean ± standard deviation over seeds."""
     found = values(rows, name, metric)
     one, several = ",.10g", ".1f"
     if metric.startswith("accuracy"):
@@ -442,10 +442,14 @@ def print_errors(rows: Rows, digit: int) -> None:
     print()
 
 
-def new_figure(title: str, height: float, **panels: Any) -> tuple[Figure, Any]:
-    """A figure of 8 by `height` inches with its panels; the title states the finding."""
+def new_figure(title: str, note: str, height: float, **panels: Any) -> tuple[Figure, Any]:
+    """A figure of 8 by `height` inches with its panels.
+
+    The title states what is found with the default settings; the note says of which seeds.
+    """
     figure = Figure(figsize=(8, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
+    figure.supxlabel(note, fontsize="small")
     return figure, figure.subplots(**panels)
 
 
@@ -486,7 +490,8 @@ def draw_to_scale(axes: Any, lora: LoRAParametrization) -> None:
 
 def draw_errors(rows: Rows, digit: int) -> Figure:
     """The errors on each digit, without LoRA and with it: a bar with its number for each."""
-    figure, axes = new_figure(f"LoRA: fewer errors on {digit}, more on other digits", height=3.8)
+    title = f"LoRA: fewer errors on {digit}, more on other digits"
+    figure, axes = new_figure(title, seeds_note(rows), height=3.8)
     axes.axvspan(digit - 0.5, digit + 0.5, color="#fff3b0")
     errors = {label: mean(rows, name, "errors") for name, label in BEFORE_AND_AFTER.items()}
     groups = axes.grouped_bar(errors, tick_labels="0123456789", colors=[GREY, BLUE])
@@ -506,8 +511,8 @@ def draw_plane(axes: Any, rows: Rows, x: str, y: str, curves: dict[str, list[str
         [curve] = axes.plot(xs, ys, "o-", color="black" if len(names) == 1 else None)
         colors[label] = curve.get_color()
 
-    # The labels stand one above the other where no curve passes, in the order of what they name:
-    # of a curve, that is the row in its middle.
+    # The labels stand one above the other, where no curve passes with the default settings, in the
+    # order of what they name: of a curve, that is the row in its middle.
     named = {label: names[len(names) // 2] for label, names in curves.items()}
     for i, label in enumerate(sorted(named, key=lambda label: mean(rows, named[label], y))):
         point = mean(rows, named[label], x), mean(rows, named[label], y)
@@ -535,7 +540,7 @@ NEW_DATA_LR = {
 
 @dataclass
 class Tuned(Job):
-    """The main job, and what two questions need besides: three models, and turned digits."""
+    """The main job, and what the questions need besides: three models, and turned digits."""
 
     full: Model  # all weights, trained on the digit
     turned: Split  # of the training images
@@ -552,7 +557,7 @@ def turn(split: Split, angle: float) -> Split:
 
 
 def fresh_lora(job: Job, rank: int) -> Model:
-    """The baseline with LoRA that the seed alone draws, so that no chapter moves another."""
+    """The baseline with LoRA that the seed alone draws, so that no question moves another."""
     torch.manual_seed(job.seed)
     return attach_lora(deepcopy(job.baseline), rank, alpha=rank)
 
@@ -589,7 +594,7 @@ def fine_tune(job: Job) -> Tuned:
     """Full fine-tuning on the digit; then turned digits, learned from 5,000, in two ways."""
     data, angle, epochs = job.data, job.settings.angle, job.settings.lora_epochs
     tuned = Tuned(
-        **vars(job),
+        **vars(job),  # its list of rows too, to which more are added
         full=deepcopy(job.baseline),
         turned=turn(data.train[:5000], angle),
         turned_test=turn(data.test, angle),
@@ -638,7 +643,7 @@ def compare_methods(job: Job) -> Iterator[Row]:
     average = (changed - plain).mean(0)
     yield score("digit/constant_part", before + average, test, digit)
 
-    # The largest strength, and the largest bias, that cost at most one point of accuracy.
+    # Going down, the first strength and the first bias that cost at most one point of accuracy.
     least = accuracy(plain, validation) - 0.01 - 1e-9  # for rounding
     strength, bias = 1.0, 8.0
     while accuracy(changed, validation) < least:
@@ -684,7 +689,9 @@ def print_comparison(rows: Rows, digit: int) -> None:
 
 def draw_trade_off(rows: Rows, digit: int) -> Figure:
     """Accuracy against errors on the digit."""
-    figure, axes = new_figure("A bias on one output does what LoRA does", height=5)
+    figure, axes = new_figure(
+        "A bias on one output does what LoRA does", seeds_note(rows), height=5
+    )
     steps = [f"digit/lora_at_{strength}" for strength in STRENGTHS]
     curves = {
         "LoRA at strengths 0 to 1": ["digit/baseline", *steps, "digit/lora"],
@@ -747,7 +754,8 @@ def print_low_rank(rows: Rows, digit: int) -> None:
 def draw_low_rank(rows: Rows, job: Job) -> Figure:
     """An image cut to several ranks; below, what is read of turned digits, over the rank."""
     title, shape = "At ranks 1 to 8, LoRA beats fine-tuning cut to them", [1, 2.4]
-    figure, (top, bottom) = new_figure(title, height=6, nrows=2, height_ratios=shape)
+    note = f"curves: {seeds_note(rows)}; image: seed {job.seed}"
+    figure, (top, bottom) = new_figure(title, note, height=6, nrows=2, height_ratios=shape)
     image = pixels(job.images)[0]
     tiles = torch.stack([*[cut(image, rank) for rank in RANKS], image])
     ranks = [f"rank {rank}" for rank in RANKS]
@@ -812,7 +820,8 @@ def print_new_data(rows: Rows, angle: float) -> None:
 def draw_new_data(rows: Rows, job: Tuned) -> Figure:
     """What is said of the first turned digits; then, what each method learned and forgot."""
     title, shape = "Learning turned digits costs upright ones", [1, 1, 4]
-    figure, (top, middle, bottom) = new_figure(title, height=7, nrows=3, height_ratios=shape)
+    note = f"curves: {seeds_note(rows)}; images: seed {job.seed}"
+    figure, (top, middle, bottom) = new_figure(title, note, height=7, nrows=3, height_ratios=shape)
     first = job.turned_test[:8]
     models = ((top, "the baseline", job.baseline), (middle, "LoRA", job.new_lora))
     for axes, name, model in models:
@@ -847,6 +856,9 @@ class RunError(Exception):
     """The experiment itself failed: training diverged, or a check does not hold."""
 
     status = 1
+
+
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
 
 
 def load_mnist(folder: Path, device: torch.device) -> Data:
@@ -1004,8 +1016,6 @@ def draw(rows: Rows, job: Job) -> dict[str, bytes]:
             figures["low_rank.png"] = draw_low_rank(rows, job)
             figures["new_data.png"] = draw_new_data(rows, job)
         for name, figure in figures.items():
-            note = f"bars and curves: {seeds_note(rows)}; images: seed {job.seed}"
-            figure.supxlabel(note, fontsize="small")
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=150)
             files[name] = buffer.getvalue()

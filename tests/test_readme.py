@@ -89,15 +89,18 @@ def test_every_number_of_the_findings() -> None:
             *(errors("baseline"), errors("lora"), mean("digit/baseline"), mean("digit/lora")),
             *(f"{min(deviations):.1f}", f"{max(deviations):.1f}"),
         ],
-        "**The price comes": [errors("lora_replay"), mean("digit/lora_replay")],
+        "**The price comes": [
+            *(errors("lora_replay"), mean("digit/lora_replay")),
+            *(errors("logit_bias_at_1"), mean("digit/logit_bias_at_1")),
+        ],
         "**One number does": [
             *spread(pairs("digit/logit_bias", "digit/lora_balanced"), 2, "+"),
-            *spread(pairs("digit/lora_balanced", "digit/logit_bias", "digit_errors"), 1),
+            *spread(pairs("digit/logit_bias", "digit/lora_balanced", "digit_errors"), 1, "+"),
             *(errors("logit_bias_at_5"), mean("digit/logit_bias_at_5")),
             *(errors("full"), mean("digit/full")),
             *(errors("constant_part"), mean("digit/constant_part")),
         ],
-        "**Low rank is enough": [
+        "**Rank 1 is enough": [
             *(errors("full_rank1"), mean("digit/full_rank1")),
             by_layer([row["change_in_rank1"] for row in RATES if "change_in_rank1" in row]),
             by_layer([row["weights_in_rank1"] for row in RATES if "weights_in_rank1" in row]),

@@ -20,9 +20,8 @@ def test_precision_is_reduced_in_training_alone(on: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(main, "BFLOAT16", on)
     seen = []
     model, split = toy()
-    model.register_forward_hook(
-        lambda *call: seen.append((call[-1].dtype, torch.get_float32_matmul_precision()))
-    )
+    precision = torch.get_float32_matmul_precision
+    model.register_forward_hook(lambda *call: seen.append((call[-1].dtype, precision())))
     main.train(model, split, 0, "toy", lr=0.01)
     main.evaluate(model, split)
     training = torch.bfloat16 if on else torch.float32
