@@ -188,7 +188,7 @@ def main_job_again(data: main.Data, rows: dict[str, Any]) -> SimpleNamespace:
     lora = new_lora(OPTIONS["rank"])
     start, net = deepcopy(lora), Net(state, lora, SCALING)
     cost = learn(net, lora, images, OPTIONS["lora_lr"], OPTIONS["lora_epochs"])
-    checks = "frozen_weights_unchanged lora_off_equals_baseline merged_equals_lora".split()
+    checks = ["frozen_weights_unchanged", "lora_off_equals_baseline", "merged_equals_lora"]
     cost["checks"] = dict.fromkeys([*checks, "only_lora_trained"], True)
     cost["parameter_overhead"] = 6_794 * OPTIONS["rank"] / 2_807_010
     after = net(data.test.images)
