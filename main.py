@@ -386,7 +386,7 @@ def accuracy(logits: Tensor, split: Split) -> float:
 
 def values(rows: Rows, name: str, metric: str) -> list[Any]:
     """A metric of "task/method" for each seed; empty if it was not measured."""
-    named = [row for row in rows if name == f"{row['task']}/{row['method']}"]
+    named = [row for row in rows if f"{row['task']}/{row['method']}" == name]
     return [row[metric] for row in named if metric in row]
 
 
@@ -502,9 +502,13 @@ def draw_errors(rows: Rows, digit: int) -> Figure:
     return figure
 
 
-def draw_plane(axes: Any, rows: Rows, x: str, y: str, curves: dict[str, list[str]]) -> None:
-    """A curve through the rows of each label, or a point for one row, placed by two metrics."""
-    colors = {}
+def draw_plane(
+    axes: Any, rows: Rows, x: str, y: str, dials: dict[str, list[str]], methods: dict[str, str]
+) -> None:
+    """Dials as curves and methods as points, placed by two metrics, each with its label."""
+    curves, colors = {**dials}, {}
+    for name, label in methods.items():
+        curves[label] = [name]  # a curve of one point
     for label, names in curves.items():
         xs = [mean(rows, name, x) for name in names]
         ys = [mean(rows, name, y) for name in names]
@@ -689,17 +693,14 @@ def print_comparison(rows: Rows, digit: int) -> None:
 
 def draw_trade_off(rows: Rows, digit: int) -> Figure:
     """Accuracy against errors on the digit."""
-    figure, axes = new_figure(
-        "A bias on one output does what LoRA does", seeds_note(rows), height=5
-    )
+    title = "A bias on one output does what LoRA does"
+    figure, axes = new_figure(title, seeds_note(rows), height=5)
     steps = [f"digit/lora_at_{strength}" for strength in STRENGTHS]
-    curves = {
+    dials = {
         "LoRA at strengths 0 to 1": ["digit/baseline", *steps, "digit/lora"],
         f"bias on the logit of {digit}: 0 to 5": [f"digit/logit_bias_at_{x}" for x in BIASES],
     }
-    for name, label in METHODS.items():
-        curves[label] = [name]
-    draw_plane(axes, rows, "digit_errors", "accuracy", curves)
+    draw_plane(axes, rows, "digit_errors", "accuracy", dials, METHODS)
     axes.set(xlabel=f"errors on {digit}", ylabel="right, of all digits", title="↖ better")
     axes.yaxis.set_major_formatter("{x:.1%}")
     return figure
@@ -828,14 +829,13 @@ def draw_new_data(rows: Rows, job: Tuned) -> Figure:
         says = evaluate(model, first).argmax(1)
         colors = [BLUE if right else ORANGE for right in says == first.labels]
         draw_tiles(axes, f"{name} says (wrong in orange)", pixels(first), says.tolist(), colors)
-    curves = {}
+    dials = {}
     for method, label in (("lora_rank8", "LoRA"), ("full", "full fine-tuning")):
         steps = [f"new_data/{method}_at_{strength}" for strength in DIAL]
-        curve = ["new_data/baseline", *steps, f"new_data/{method}"]
-        curves[f"{label} at strengths 0 to 1"] = curve
-    for name, label in NEW_METHODS.items():
-        curves[label] = [name]
-    draw_plane(bottom, rows, "accuracy_eighth", "accuracy_upright_eighth", curves)
+        dial = ["new_data/baseline", *steps, f"new_data/{method}"]
+        dials[f"{label} at strengths 0 to 1"] = dial
+    x, y = "accuracy_eighth", "accuracy_upright_eighth"
+    draw_plane(bottom, rows, x, y, dials, NEW_METHODS)
     bottom.set(xlabel="right, of 1,250 turned digits", ylabel="right, of the same upright")
     bottom.set_title("better ↗", loc="right")
     for axis in (bottom.xaxis, bottom.yaxis):
@@ -1032,8 +1032,8 @@ def run(settings: Settings) -> None:
     first = run_seed(settings, settings.seed, data)
     rows = [*first.rows]
     for seed in range(settings.seed + 1, settings.seed + settings.seeds):
-        rows += run_seed(settings, seed, data).rows
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
+        rows += run_seed(settings, seed, data).rows
 
     print()
     print_main_job(rows, first)

@@ -163,10 +163,8 @@ def report() -> None:
 
     if not skip:
         process = multiprocessing.get_context("spawn").Process(target=tutorial)
-        start = time.perf_counter()
         process.start()
-        process.join()
-        slow = time.perf_counter() - start
+        slow = seconds(process.join)
         ratio = f"{slow / alone:.1f} times the same with --main-job-only"
         print(f"\ntutorial form        {slow:8.1f} s with imports, {ratio}")
 

@@ -259,8 +259,8 @@ def test_each_file_holds_its_picture_whatever_the_user_s_own_style(
     monkeypatch.setattr(main.Figure, "savefig", told)
     title = {"learned.png": b"trace", "examples.png": b"spoils", "error_counts.png": b"errors"}
     assert plain.keys() == title.keys()
-    for name, told in main.draw(ROWS, job).items():
-        assert title[name] in told
-        assert told.endswith(b"mean of 20 seeds" if name == "error_counts.png" else b"seed 0")
+    for name, content in main.draw(ROWS, job).items():
+        assert title[name] in content
+        assert content.endswith(b"mean of 20 seeds" if name == "error_counts.png" else b"seed 0")
     with warnings.catch_warnings(action="error"):
         main.draw_examples(replace(job, after=job.before))  # nothing is put right or spoiled
