@@ -1,379 +1,341 @@
-"""One run, no option at its default, computed again in plain torch.
+"""A small run, no option at its default, computed a second time in plain torch.
 
 Every option and every stage shows in some number, so that a wrong wire between them does too.
 """
 
 import io
-import itertools
 import json
 import math
 from contextlib import redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
 
+import conftest
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import first_images, named
-from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, rotate
+from torch import nn
+from torch.nn import functional as F
 
 import main
 
-OPTIONS: dict[str, Any] = {  # rates at which all methods stay useful and none equals another
+OPTIONS = {
     "digit": 4,
     "rank": 3,
     "alpha": 2.5,
+    "lora_epochs": 5,
+    "lora_lr": 0.002,
     "seed": 7,
     "seeds": 2,
-    "epochs": 6,
-    "lr": 0.003,
-    "lora_epochs": 5,
-    "lora_lr": 0.008,
-    "angle": 35.0,
-    "main_job_only": False,
     "device": "cpu",
+    "main_job_only": False,
 }
-LR = {name: lr * 0.55 for name, lr in main.NEW_DATA_LR.items()}  # of few images, gentler
-FULL_LR = 0.0006
-RANKS = (1, 2, 4, 8, 16)
-DIAL = (0.4, 0.6, 0.8)
-LAYERS = {"linear1": (1000, 784), "linear2": (2000, 1000), "linear3": (10, 2000)}
-PEFT = "base_model.model.{}.lora_{}.weight"  # its name of a matrix of a layer
-PICTURES = ("learned", "examples", "errors", "trade_off", "low_rank", "new_data")
-SEED, DIGIT, SCALING = OPTIONS["seed"], OPTIONS["digit"], OPTIONS["alpha"] / OPTIONS["rank"]
+SEED, DIGIT, SCALING = 7, 4, 2.5 / 3
+FULL_LR, FEW = 1e-4, 40
+WAYS = {"adapter": (1e-2, 40), "last": (1e-2, 40), "copy": (1e-3, 40), "new": (2e-3, 200)}
+TASKS = {"mirrored": main.TASKS["mirrored"]}  # the whole run has all three
+LAYERS = {"linear1": (60, 784), "linear2": (50, 60), "linear3": (10, 50)}
 
-Tensors = dict[str, Tensor]
+
+class Small(main.MNISTClassifier):
+    """The same with fewer hidden units, since the questions train many networks."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        for name, (out, into) in LAYERS.items():
+            self.add_module(name, nn.Linear(into, out))
 
 
 @pytest.fixture(scope="module")
-def data(mnist: main.Data) -> main.Data:
-    return first_images(mnist, 700, 300, 600)
+def splits(mnist):
+    return conftest.some(mnist, 12000, 400, 800)
+
+
+def arguments(folder, **changed):
+    options = {**OPTIONS, "output_dir": folder, **changed}
+    only = ["--main-job-only"] if options.pop("main_job_only") else []
+    return only + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def shorten(patch):
+    changed = {"FULL_LR": FULL_LR, "IMAGES": FEW, "TASKS": TASKS, "MNISTClassifier": Small}
+    for name, value in changed.items():
+        patch.setattr(main, name, value)
 
 
 @pytest.fixture(scope="module")
-def found(data: main.Data, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The run of OPTIONS, and what the functions that check and draw were given."""
-    folder = tmp_path_factory.mktemp("out")
-    watched = ["check_lora", *[f"draw_{name}" for name in PICTURES]]
-    calls = {name: Mock(wraps=getattr(main, name)) for name in watched}
-    options = {name: value for name, value in OPTIONS.items() if name != "main_job_only"}
-    options |= {"data_dir": folder / "mnist", "output_dir": folder}
-    with pytest.MonkeyPatch.context() as patch:
-        asked_for = {(folder / "mnist", torch.device("cpu")): data}  # another is a KeyError
-        patch.setattr(main, "load_mnist", lambda *asked: asked_for[asked])
-        patch.setattr(main, "NEW_DATA_LR", LR)
-        patch.setattr(main, "FULL_LR", FULL_LR)
-        for name, call in calls.items():
-            patch.setattr(main, name, call)
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        with redirect_stdout(io.StringIO()) as out:
-            assert main.main(arguments) == 0
+def found(splits, tmp_path_factory):
+    """The run of OPTIONS, and the jobs of its seeds."""
+    folder, jobs, main_job = tmp_path_factory.mktemp("out"), [], main.main_job
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(main, "load_mnist", lambda folder, device: splits)
+        patch.setattr(main, "main_job", lambda *x: jobs.append(main_job(*x)) or jobs[-1])
+        shorten(patch)
+        main.main(arguments(folder))
     metrics = json.loads((folder / "metrics.json").read_text())
-    given = {name: [tuple(x.args) for x in call.call_args_list] for name, call in calls.items()}
-    found = {"folder": folder, "metrics": metrics, "rows": metrics["rows"], "calls": given}
-    return SimpleNamespace(**found, printed=out.getvalue())
+    return SimpleNamespace(folder=folder, jobs=jobs, metrics=metrics, out=out.getvalue())
 
 
-@dataclass
-class Net:
-    """The network as a formula, with `scale` times B A added to each weight."""
+def network(state, lora=None, scale=1.0):
+    """MNISTClassifier as a formula, with `scale` times B A added to each weight."""
 
-    state: Tensors
-    lora: Tensors | None = None
-    scale: float = 0.0
+    def forward(images):
+        hidden = images.flatten(1)
+        for name in LAYERS:
+            weight = state[f"{name}.weight"]
+            if lora and scale:
+                A, B = lora[name]
+                weight = torch.addmm(weight, B, A, alpha=scale)
+            hidden = F.linear(hidden, weight, state[f"{name}.bias"])
+            hidden = hidden if name == "linear3" else hidden.relu()
+        return hidden
 
-    def weight(self, layer: str) -> Tensor:
-        weight = self.state[f"{layer}.weight"]
-        if not self.lora or not self.scale:
-            return weight
-        A, B = (self.lora[PEFT.format(layer, x)] for x in "AB")
-        return torch.addmm(weight, B, A, alpha=self.scale)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        for layer in LAYERS:
-            images = F.linear(images, self.weight(layer), self.state[f"{layer}.bias"])
-            if layer != "linear3":
-                images = images.relu()
-        return images
+    return forward
 
 
-def learn(
-    net: Net, trained: Tensors, split: main.Split, lr: float, epochs: int = 1, batch: int = 128
-) -> dict[str, Any]:
-    """Train some tensors of a net in place; returns what it costs."""
-    for tensor in trained.values():
-        tensor.requires_grad_(True)
-    optimizer = torch.optim.Adam(list(trained.values()), lr, fused=True)
-    steps = epochs * math.ceil(len(split.labels) / batch)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+def fit(forward, tensors, images, labels, lr, epochs=1, batch=128):
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    optimizer = torch.optim.Adam(tensors, lr, fused=True)
+    total, step = epochs * math.ceil(len(labels) / batch), 0
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(epochs):
-        order = torch.randperm(len(split.labels), generator=generator)
-        for some in order.split(batch):
+        for some in torch.randperm(len(labels), generator=generator).split(batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=main.BFLOAT16):
-                loss = F.cross_entropy(net(split.images[some]), split.labels[some])
+                loss = F.cross_entropy(forward(images[some]), labels[some])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            decay.step()
-    for tensor in trained.values():
+            step += 1
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / total)
+    for tensor in tensors:
         tensor.requires_grad_(False)
-    numbers = sum(tensor.numel() for tensor in trained.values())
-    torch.save(trained, buffer := io.BytesIO())
-    # Adam keeps two moments of each number and the count of steps of each tensor
-    return {
-        "trainable_parameters": numbers,
-        "optimizer_bytes": 8 * numbers + 4 * len(trained),
-        "file_bytes": buffer.tell(),
-    }
+    return sum(tensor.numel() for tensor in tensors)
 
 
-def new_lora(rank: int) -> Tensors:
+def new_lora(rank):
     lora = {}
-    for layer, (out, into) in LAYERS.items():
-        lora[PEFT.format(layer, "A")] = torch.randn(rank, into) / math.sqrt(into)
-        lora[PEFT.format(layer, "B")] = torch.zeros(out, rank)
+    for name, (out, into) in LAYERS.items():
+        lora[name] = torch.randn(rank, into) / into**0.5, torch.zeros(out, rank)
     return lora
 
 
-def scored(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    pairs = zip(labels.tolist(), logits.argmax(1).tolist(), strict=True)
-    wrong = [(label, said) for label, said in pairs if label != said]
-    return {
-        "images": len(labels),
-        "accuracy": (len(labels) - len(wrong)) / len(labels),
-        "errors": [sum(label == digit for label, _ in wrong) for digit in range(10)],
-        "digit_errors": sum(label == DIGIT for label, _ in wrong),
-        "false_positives": sum(said == DIGIT for _, said in wrong),
-    }
+def matrices(lora):
+    return [matrix for pair in lora.values() for matrix in pair]
 
 
-def turned(split: main.Split) -> main.Split:
-    black = -main.MEAN / main.STD
-    images = (split.images - black).view(-1, 1, 28, 28)
-    images = rotate(images, OPTIONS["angle"], InterpolationMode.BILINEAR) + black
-    return main.Split(images.flatten(1), split.labels)
+def percent_free(logits, labels):
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
-def cuts(state: Tensors, after: Tensors, ranks: tuple[int, ...]) -> dict[int, Net]:
-    """`state` plus the part of each rank of what training changed in its weights alone."""
-    parts = {rank: Net(dict(state)) for rank in ranks}
-    for layer in LAYERS:
-        name = f"{layer}.weight"
-        change = after[name] - state[name]
-        vectors = torch.linalg.svd(change, full_matrices=False).Vh
-        for rank, part in parts.items():
-            part.state[name] = state[name] + change @ vectors[:rank].T @ vectors[:rank]
-    return parts
+class Again:
+    """The rows of seed 7, by method and task."""
 
+    def __init__(self, splits):
+        self.train, self.validation, self.test = splits
+        self.rows = {}
+        self.main_job()
+        self.cost()
+        self.rank()
+        self.tasks()
 
-def furthest(logits: dict[float, Tensor], labels: Tensor) -> float:
-    """The largest position whose accuracy is at most a point below that at 0."""
-    right = {at: scored(x, labels)["accuracy"] for at, x in logits.items()}
-    return max(at for at in right if right[at] > right[0.0] - 0.01 - 1e-9)
+    def add(self, method, logits, trained):
+        pairs = list(zip(self.test.labels.tolist(), logits.argmax(1).tolist()))
+        wrong = [(label, said) for label, said in pairs if label != said]
+        self.rows[method, None] = {
+            "accuracy": 1 - len(wrong) / len(pairs),
+            "errors": [sum(label == digit for label, _ in wrong) for digit in range(10)],
+            "missed": sum(label == DIGIT for label, _ in wrong),
+            "false": sum(said == DIGIT for _, said in wrong),
+            "trained": trained,
+        }
 
-
-def main_job_again(data: main.Data, rows: dict[str, Any]) -> SimpleNamespace:
-    torch.manual_seed(SEED)
-    state = dict(deepcopy(main.MNISTClassifier().state_dict()))
-    baseline = Net(state)
-    cost = learn(baseline, state, data.train, OPTIONS["lr"], OPTIONS["epochs"], batch=256)
-    before = baseline(data.test.images)
-    rows["digit/baseline"] = scored(before, data.test.labels) | cost
-    images = data.train[data.train.labels == DIGIT]
-    lora = new_lora(OPTIONS["rank"])
-    start, net = deepcopy(lora), Net(state, lora, SCALING)
-    cost = learn(net, lora, images, OPTIONS["lora_lr"], OPTIONS["lora_epochs"])
-    checks = ["frozen_weights_unchanged", "lora_off_equals_baseline", "merged_equals_lora"]
-    cost["checks"] = dict.fromkeys([*checks, "only_lora_trained"], True)
-    cost["parameter_overhead"] = 6_794 * OPTIONS["rank"] / 2_807_010
-    after = net(data.test.images)
-    rows["digit/lora"] = scored(after, data.test.labels) | cost
-    job = SimpleNamespace(state=state, baseline=baseline, start=start, lora=lora, images=images)
-    job.before, job.after = before, after
-    return job
-
-
-def question_1_again(data: main.Data, job: SimpleNamespace, rows: dict[str, Any]) -> None:
-    def add(method: str, logits: Tensor, **more: Any) -> None:
-        rows[f"digit/{method}"] = scored(logits, data.test.labels) | more
-
-    def dial(split: main.Split, strength: float) -> Tensor:
-        return Net(job.state, job.lora, strength * SCALING)(split.images)
-
-    def biased(logits: Tensor, bias: float) -> Tensor:
-        logits = logits.clone()
-        logits[:, DIGIT] += bias
-        return logits
-
-    test, validation = data.test, data.validation
-    before = job.baseline(test.images)
-    there = {i / 10: dial(validation, i / 10) for i in range(11)}
-    rows["validation/baseline"] = scored(there[0.0], validation.labels)
-    strength = furthest(there, validation.labels)
-    biases = {i / 4: biased(there[0.0], i / 4) for i in range(33)}
-    bias = furthest(biases, validation.labels)
-    add("constant_part", before + (there[1.0] - there[0.0]).mean(0))
-    add("lora_balanced", dial(test, strength), strength=strength)
-    for at in (0.3, 0.6):
-        add(f"lora_at_{at}", dial(test, at), strength=at)
-    add("logit_bias", biased(before, bias), strength=bias)
-    for at in range(6):
-        add(f"logit_bias_at_{at}", biased(before, at), strength=at)
-
-    generator = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(data.train.labels), generator=generator).tolist()
-    mixed = [i for i in order if data.train.labels[i] == DIGIT]
-    mixed += [i for i in order if data.train.labels[i] != DIGIT][: 3 * len(mixed)]
-    lora = deepcopy(job.start)
-    net = Net(job.state, lora, SCALING)
-    images, epochs = data.train[torch.tensor(mixed)], OPTIONS["lora_epochs"]
-    cost = learn(net, lora, images, OPTIONS["lora_lr"], epochs, batch=512)
-    add("lora_replay", net(test.images), **cost)
-
-
-def new_data_again(data: main.Data, job: SimpleNamespace, rows: dict[str, Any]) -> None:
-    few, test = turned(data.train[:5000]), turned(data.test)
-
-    def add(method: str, net: Net, step: int = 1, **more: Any) -> None:
-        labels, few_of_them = test.labels[::step], slice(None, None, 8 // step)
-        logits = {"": net(test.images[::step]), "_upright": net(data.test.images[::step])}
-        row = scored(logits[""], labels) | more
-        for name, x in logits.items():
-            row[f"accuracy{name}"] = scored(x, labels)["accuracy"]
-            eighth = scored(x[few_of_them], labels[few_of_them])
-            row[f"accuracy{name}_eighth"] = eighth["accuracy"]
-        rows[f"new_data/{method}"] = row
-
-    def fit(net: Net, trained: Tensors, method: str) -> dict[str, Any]:
-        cost = learn(net, trained, few, LR[method])
-        olds = {layer: job.baseline.weight(layer) for layer in LAYERS}
-        change = [float((net.weight(x) - old).norm() / old.norm()) for x, old in olds.items()]
-        return cost | {"weight_change": change}
-
-    add("baseline", job.baseline)
-    ten = Net(deepcopy(job.state))
-    name = "linear3.bias"
-    add("biases", ten, **fit(ten, {name: ten.state[name]}, "biases"))
-    full, matched = Net(deepcopy(job.state)), Net(deepcopy(job.state))
-    add("full", full, **fit(full, full.state, "full"))
-    add("full_matched", matched, **fit(matched, matched.state, "full_matched"))
-    for at in DIAL:
-        way = {name: torch.lerp(job.state[name], full.state[name], at) for name in job.state}
-        add(f"full_at_{at}", Net(way), step=8, strength=at)
-    for rank, part in cuts(job.state, full.state, RANKS).items():
-        add(f"full_part_rank{rank}", part, step=8)
+    def main_job(self):
         torch.manual_seed(SEED)
-        lora = new_lora(rank)
-        net = Net(job.state, lora, 1.0)
-        cost = fit(net, lora, f"lora_rank{rank}")
-        add(f"lora_rank{rank}", net, step=1 if rank == 8 else 8, **cost)
-        if rank == 8:
-            job.says = net(test.images[:8]).argmax(1)
-            for at in DIAL:
-                add(f"lora_rank8_at_{at}", Net(job.state, lora, at), step=8, strength=at)
+        self.state = dict(Small().state_dict())
+        self.base, (images, labels) = network(self.state), self.train
+        count = fit(self.base, self.state.values(), images, labels, 2e-3, batch=256)
+        self.before = self.base(self.test.images)
+        self.add("baseline", self.before, count)
+        self.own = [i for i, label in enumerate(labels.tolist()) if label == DIGIT]
+        self.start = new_lora(3)
+        self.lora = deepcopy(self.start)
+        lora = network(self.state, self.lora, SCALING)
+        count = fit(lora, matrices(self.lora), images[self.own], labels[self.own], 0.002, 5)
+        self.after = lora(self.test.images)
+        self.add("LoRA", self.after, count)
+
+    def cost(self):
+        images, labels = self.train
+        for strength in (0.2, 0.4, 0.6, 0.8):
+            lora = network(self.state, self.lora, strength * SCALING)
+            self.add(f"LoRA at strength {strength}", lora(self.test.images), 3 * 1014)
+
+        def biased(logits, bias):
+            return torch.cat([logits[:, :4], logits[:, 4:5] + bias, logits[:, 5:]], 1)
+
+        for bias in range(1, 7):
+            self.add(f"bias of {bias}", biased(self.before, bias), 1)
+        plain = self.base(self.validation.images)
+        changed = network(self.state, self.lora, SCALING)(self.validation.images)
+        least = percent_free(changed, self.validation.labels)
+        fair = [
+            step / 4
+            for step in range(80)
+            if percent_free(biased(plain, step / 4), self.validation.labels) >= least
+        ]
+        self.bias = max(fair)
+        self.add("one biased logit", biased(self.before, self.bias), 1)
+
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
+        own = [i for i in order.tolist() if labels[i] == DIGIT]
+        mixed = own + [i for i in order.tolist() if labels[i] != DIGIT][: 3 * len(own)]
+        lora = deepcopy(self.start)
+        forward = network(self.state, lora, SCALING)
+        count = fit(forward, matrices(lora), images[mixed], labels[mixed], 0.002, 5, 512)
+        self.add("LoRA + other digits", forward(self.test.images), count)
+
+    def rank(self):
+        state, (images, labels) = deepcopy(self.state), self.train
+        full, own = network(state), self.own
+        count = fit(full, state.values(), images[own], labels[own], FULL_LR, 5)
+        self.add("full fine-tuning", full(self.test.images), count)
+        cut, self.shares = dict(self.state), {}
+        for name in LAYERS:
+            weight = self.state[f"{name}.weight"]
+            change = state[f"{name}.weight"] - weight
+            U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+            cut[f"{name}.weight"] = weight + S[0] * torch.outer(U[:, 0], Vh[0])
+            for method, found in (
+                ("what fine-tuning changed", S),
+                ("the weights", torch.linalg.svdvals(weight)),
+            ):
+                held = found.square().cumsum(0) / found.square().sum()
+                held = [held[min(rank, len(held)) - 1].item() for rank in (1, 2, 4, 8, 16)]
+                self.shares[method, name] = held
+        self.add("full fine-tuning, cut to rank 1", network(cut)(self.test.images), count)
+
+    def tasks(self):
+        for task, change in TASKS.items():
+            torch.manual_seed(SEED)
+            few = torch.randperm(len(self.train.labels))[:FEW]
+            few = change(self.train.images[few]), self.train.labels[few]
+            self.task = task, few, change(self.test.images[::4])
+            self.learn("baseline", self.base, [], None)
+            for rank, hidden in ((1, 1), (4, 5), (16, 20)):
+                lora = new_lora(rank)
+                forward = network(self.state, lora)
+                self.learn(f"adapter, rank {rank}", forward, matrices(lora), "adapter")
+                new = nn.Sequential(nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+                tensors = [tensor.data for tensor in new.parameters()]
+                name = f"new small network, as rank {rank}"
+                self.learn(name, two_layers(tensors), tensors, "new")
+            last = dict(self.state)
+            last |= {x: last[x].clone() for x in ("linear3.weight", "linear3.bias")}
+            tensors = [last["linear3.weight"], last["linear3.bias"]]
+            self.learn("last layer alone", network(last), tensors, "last")
+            copy = deepcopy(self.state)
+            self.learn("copy of the network", network(copy), copy.values(), "copy")
+
+    def learn(self, method, forward, tensors, way):
+        (task, few, images), count = self.task, 0
+        if way:
+            lr, steps = WAYS[way]
+            count = fit(forward, tensors, *few, lr, steps)
+        right = percent_free(forward(images), self.test.labels[::4])
+        self.rows[method, task] = {"accuracy": right, "trained": count}
+
+
+def two_layers(tensors):
+    def forward(images):
+        hidden = F.linear(images.flatten(1), *tensors[:2]).relu()
+        return F.linear(hidden, *tensors[2:])
+
+    return forward
 
 
 @pytest.fixture(scope="module")
-def expected(data: main.Data) -> SimpleNamespace:
+def again(splits):
     with torch.random.fork_rng(devices=[]):
-        rows: dict[str, Any] = {}
-        job = main_job_again(data, rows)
-        full = Net(deepcopy(job.state))
-        cost = learn(full, full.state, job.images, FULL_LR, OPTIONS["lora_epochs"])
-        rows["digit/full"] = scored(full(data.test.images), data.test.labels) | cost
-        part = cuts(job.state, full.state, (1,))[1]
-        rows["digit/full_rank1"] = scored(part(data.test.images), data.test.labels)
-        question_1_again(data, job, rows)
-        new_data_again(data, job, rows)
-    job.rows = rows
-    return job
+        return Again(splits)
 
 
-def test_the_run_can_tell_one_thing_from_another(expected: Any) -> None:
-    for name, value in OPTIONS.items():
-        assert name in ("device", "main_job_only") or value != getattr(main.Settings(), name)
-    rows = {name: row for name, row in expected.rows.items() if "_at_" not in name}
-    for task in ("digit/", "new_data/"):
-        same = [row["errors"] for name, row in rows.items() if name.startswith(task)]
-        assert all(a != b for a, b in itertools.combinations(same, 2))
-    assert all(row["accuracy"] > 0.3 for row in rows.values())
-    assert 0 < rows["digit/lora_balanced"]["strength"] < 1
-    assert 0 < rows["digit/logit_bias"]["strength"] < 8
+def test_the_run_can_tell_one_thing_from_another(again):
+    for tasks in ([None], TASKS):
+        rows = [row for (_, task), row in again.rows.items() if task in tasks]
+        assert len({str(row) for row in rows}) == len(rows)
+    assert all(row["accuracy"] > 0.1 for row in again.rows.values())
+    assert 0 < again.bias < 19.75
 
 
-def test_every_row_is_computed_a_second_time(found: Any, expected: Any) -> None:
-    rows = [row for row in found.rows if row["seed"] == SEED]
-    assert {f"{row['task']}/{row['method']}" for row in rows} == set(expected.rows)
-    for name, wanted in expected.rows.items():
-        row = named(rows, name)
-        task, method = name.split("/")
-        about = {"seed": SEED, "task": task, "method": method}
-        change = wanted.pop("weight_change", [])
-        assert row.pop("weight_change", []) == pytest.approx(change, rel=1e-4), name
-        assert row == wanted | about, name
+def test_every_row_is_computed_a_second_time(found, again):
+    rows = [row for row in found.metrics["rows"] if row["seed"] == SEED]
+    questions, shares = {}, {}
+    for row in rows:
+        questions.setdefault(row.pop("question"), []).append(row["method"])
+        if "shares" in row:
+            shares[row["method"], row["layer"]] = row["shares"]
+            continue
+        wanted = again.rows.pop((row["method"], row.get("task")))
+        for name in wanted:
+            assert row[name] == pytest.approx(wanted[name], abs=1e-9), (row["method"], name)
+        assert set(row) - set(wanted) <= {"seed", "method", "task"}
+    assert not again.rows
+    assert {name: len(methods) for name, methods in questions.items()} == {
+        "main": 2,
+        "cost": 12,
+        "rank": 8,
+        "tasks": 9,
+    }
+    assert shares.keys() == again.shares.keys()
+    for name, wanted in again.shares.items():
+        assert shares[name] == pytest.approx(wanted, rel=0.05), name  # which it searches for
 
 
-def test_each_lora_is_checked_on_validation_images(found: Any, data: main.Data) -> None:
-    _, loras, looked_at = zip(*found.calls["check_lora"], strict=True)
-    assert len(set(map(id, loras))) == 2 * OPTIONS["seeds"]
-    for split, most in zip(looked_at, (1000, 100) * OPTIONS["seeds"]):
-        assert torch.equal(split.images, data.validation.images[:most])
-
-
-def test_what_is_saved_is_of_this_run_and_its_first_seed(found: Any, expected: Any) -> None:
-    assert list(found.metrics) == ["config", "environment", "rows"]
-    assert found.metrics["config"] == OPTIONS
-    environment = found.metrics["environment"]
-    assert (environment["torch"], environment["device"]) == (torch.__version__, "cpu")
-    files = {"baseline.pt": expected.state, "adapter/adapter_model.bin": expected.lora}
-    for name, held in files.items():
-        saved = torch.load(found.folder / name)
-        assert saved.keys() == held.keys()
-        assert all(torch.equal(saved[key], held[key]) for key in held), name
+def test_the_files_are_of_this_run_and_its_first_seed(found, again):
+    saved = torch.load(found.folder / "baseline.pt")
+    assert saved.keys() == again.state.keys()
+    assert all(torch.equal(saved[name], again.state[name]) for name in saved)
+    saved = torch.load(found.folder / "adapter" / "adapter_model.bin")
+    wanted = {}
+    for name, pair in again.lora.items():
+        for x, matrix in zip("AB", pair):
+            wanted[f"base_model.model.{name}.lora_{x}.weight"] = matrix
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in saved)
     config = json.loads((found.folder / "adapter" / "adapter_config.json").read_text())
-    about_lora = {"r": OPTIONS["rank"], "lora_alpha": OPTIONS["alpha"]}
-    assert config == about_lora | {"peft_type": "LORA", "target_modules": list(LAYERS)}
+    about = {"peft_type": "LORA", "r": 3, "lora_alpha": 2.5, "target_modules": list(LAYERS)}
+    assert config == about
+    assert found.metrics["config"] == OPTIONS
+    environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    assert found.metrics["environment"] == environment | {"bfloat16": main.BFLOAT16}
+    job = found.jobs[0]
+    assert torch.equal(job.before, again.before) and torch.equal(job.after, again.after)
+    for layer, A in ((x, again.start[name][0]) for name, x in main.lora_layers(job.start).items()):
+        assert torch.equal(layer.lora_A, A)
+    assert {layer.strength for layer in main.lora_layers(job.lora).values()} == {1.0}
 
 
-def test_each_picture_is_drawn_once_of_the_first_seed(found: Any, data: Any, expected: Any) -> None:
-    drawn = {name: found.calls[f"draw_{name}"] for name in PICTURES}
-    ((rows, job),) = drawn["new_data"]
-    assert drawn["examples"] == drawn["learned"] == [(job,)]
-    assert drawn["errors"] == drawn["trade_off"] == [(rows, DIGIT)]
-    assert drawn["low_rank"] == [(rows, job)]
-    assert len(rows) == len(found.rows)
-    assert (job.seed, job.digit, job.data) == (SEED, DIGIT, data)
-    assert torch.equal(job.before, expected.before) and torch.equal(job.after, expected.after)
-    for model, held in ((job.start, expected.start), (job.lora, expected.lora)):
-        for layer, lora in main.lora_layers(model).items():
-            assert torch.equal(lora.lora_A, held[PEFT.format(layer, "A")])
-    loras = [lora for x in (job.lora, job.new_lora) for lora in main.lora_layers(x).values()]
-    assert [lora.strength for lora in loras] == [1] * 6  # not as a dial left them
-    assert torch.equal(job.turned_test.images, turned(data.test).images)
-    says = main.evaluate(job.new_lora, job.turned_test[:8]).argmax(1)
-    assert torch.equal(says, expected.says)
-
-
-def test_the_tables_of_all_seeds_are_printed(found: Any, capsys: pytest.CaptureFixture) -> None:
-    for show in (main.print_errors, main.print_comparison, main.print_low_rank):
-        show(found.rows, DIGIT)
-    main.print_new_data(found.rows, OPTIONS["angle"])
-    assert capsys.readouterr().out in found.printed
-    assert all(f"seed {seed}: " in found.printed for seed in (SEED, SEED + 1))
-    assert " 6 pictures," in found.printed
+def test_the_tables_of_all_seeds_are_printed(found, capsys, monkeypatch):
+    shorten(monkeypatch)
+    for _, _, show, *_ in main.PARTS:
+        show(found.metrics["rows"], found.jobs[0])
+    assert capsys.readouterr().out in found.out
     lines = (found.folder / "metrics.json").read_text().splitlines()
-    assert len(lines) == 1 + len(found.rows)  # one for each
+    assert len(lines) == 1 + len(found.metrics["rows"])  # a line for each
 
 
-def test_two_seeds_are_two_runs_of_one(found: Any, data: main.Data, monkeypatch: Any) -> None:
-    monkeypatch.setattr(main, "NEW_DATA_LR", LR)
-    monkeypatch.setattr(main, "FULL_LR", FULL_LR)
-    rows = main.run_seed(main.Settings(**OPTIONS | {"seed": SEED + 1}), SEED + 1, data).rows
-    second = [row for row in found.rows if row["seed"] == SEED + 1]
-    assert json.loads(json.dumps(rows)) == second
-    assert rows[0]["errors"] != found.rows[0]["errors"]
+def test_a_run_of_the_second_seed_alone_gives_the_same_bytes_twice(
+    found, splits, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(main, "load_mnist", lambda folder, device: splits)
+    shorten(monkeypatch)
+    for name, only in (("one", False), ("two", False), ("main", True)):
+        main.main(arguments(tmp_path / name, seed=8, seeds=1, main_job_only=only))
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("one", "two")
+    )
+    assert len(one) == 10 and one == two
+    rows = [row for row in found.metrics["rows"] if row["seed"] == 8]
+    assert json.loads(one["metrics.json"])["rows"] == rows
+    alone = json.loads((tmp_path / "main" / "metrics.json").read_text())["rows"]
+    assert alone == rows[:2] and rows[0]["errors"] != found.metrics["rows"][0]["errors"]
