@@ -55,7 +55,8 @@ class LoRAParametrization(nn.Module):
     """W -> W + strength * (alpha / rank) * B A (Hu et al. 2021, section 4.1).
 
     The paper adds B(A x) to a layer's output. Adding B A to its weight W (out, in) is the same sum
-    and needs no new kind of layer: torch calls `forward` wherever a layer reads its weight.
+    and needs no new kind of layer: torch calls `forward` wherever a layer reads its weight. (B A
+    is as large as W: that costs time in training, and nothing once it is added to W for good.)
     lora_A (rank, in) starts random and lora_B (out, rank) at zero, so training starts at W itself.
     """
 
@@ -171,9 +172,9 @@ def train(model, split, seed, name, lr, epochs=1, batch=128):
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
     model.train()
-    for some in progress(steps, name):
+    for which in progress(steps, name):
         with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            loss = nn.functional.cross_entropy(model(split.images[some]), split.labels[some])
+            loss = nn.functional.cross_entropy(model(split.images[which]), split.labels[which])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -202,7 +203,10 @@ def count_trained(model):
 
 
 def values(rows, method, metric, task=None):
-    """A metric of a method, for each seed: (seeds,), or (seeds, 10) if a list; accuracy in %."""
+    """A metric in each row of a method, (rows,) or (rows, n) if it is a list; accuracy in %.
+
+    There is a row for each seed (shares of a matrix: for each seed and layer).
+    """
     found = [row[metric] for row in rows if (row["method"], row.get("task")) == (method, task)]
     scale = 100 if metric == "accuracy" else 1
     return scale * torch.tensor(found, dtype=torch.double)
@@ -228,7 +232,7 @@ class Job(NamedTuple):
     validation: Split  # chooses
     test: Split  # is only reported
     chosen: Tensor  # of each training image: whether LoRA was trained on it
-    images: Split  # the training images that were chosen
+    own: Split  # the training images that were chosen
     baseline: nn.Module
     start: nn.Module  # the baseline with LoRA, before LoRA is trained
     lora: nn.Module
@@ -267,21 +271,21 @@ def check_lora(baseline, lora, alpha):
 
 def main_job(settings, seed, splits):
     """Train the baseline on all digits, then LoRA on images of one digit alone, and check LoRA."""
-    digits, _, test = splits
+    training, _, test = splits
     torch.manual_seed(seed)  # nn.Linear and LoRA draw from torch's own generator, in turn
     baseline = MNISTClassifier().to(settings.device)
-    say(train(baseline, digits, seed, "baseline", lr=2e-3, batch=256))
+    say(train(baseline, training, seed, "baseline", lr=2e-3, batch=256))
 
-    chosen = (digits.labels == settings.digit).cpu()
-    images = digits.some(chosen)
+    chosen = (training.labels == settings.digit).cpu()
+    own = training.some(chosen)
     start = attach_lora(deepcopy(baseline), settings.rank, settings.alpha)
     lora = deepcopy(start)
-    say(train(lora, images, seed, "LoRA", settings.lora_lr, settings.lora_epochs))
+    say(train(lora, own, seed, "LoRA", settings.lora_lr, settings.lora_epochs))
     check_lora(baseline, lora, settings.alpha)
 
     before, after = (evaluate(model, test.images) for model in (baseline, lora))
     made = baseline, start, lora, before, after
-    return Job(settings, settings.digit, seed, *splits, chosen, images, *made)
+    return Job(settings, settings.digit, seed, *splits, chosen, own, *made)
 
 
 def measure_main_job(job):
@@ -297,8 +301,8 @@ def print_main_job(rows, job):
     for name, lora in lora_layers(job.lora).items():
         say(f"  {name}: W + lora_B {tuple(lora.lora_B.shape)} @ lora_A {tuple(lora.lora_A.shape)}")
     trained, frozen = count_trained(job.lora), count_trained(job.baseline)
-    say(f"  {trained:,} numbers trained (+{trained / frozen:.3%}), {frozen:,} frozen: same bits")
-    say("  off, it is exactly the baseline; on, it is W x + b + (alpha / rank) B (A x)")
+    say(f"  {trained:,} numbers trained (+{trained / frozen:.3%}), {frozen:,} frozen")
+    say("  checked: off, it is the baseline to the bit; on, W x + b + (alpha / rank) B (A x)")
 
     heading = [f"{digit:5}" for digit in range(10)]
     heading[job.digit] += "*"
@@ -307,14 +311,14 @@ def print_main_job(rows, job):
         errors = [f"{count:5.0f}" for count in values(rows, method, "errors").mean(0)]
         say(f"{method:9} {''.join(errors)} {values(rows, method, 'accuracy').mean():9.2f}")
     before, after = (values(rows, method, "false").mean() for method in BOTH)
-    say(f"other digits called {job.digit}: {before:.0f} before LoRA, {after:.0f} after it")
+    say(f"missed: errors on {job.digit}; false: others called it, {before:.0f}, then {after:.0f}")
 
 
 # --- Tables and pictures --------------------------------------------------------------------------
 
 
 def print_table(rows, methods, columns):
-    """A line for each method; the columns are what `values` needs besides, by their headings."""
+    """A line for each method. A column is a heading and what `values` needs besides the method."""
     say(f"{'':32}" + "".join(f"{heading:>12}" for heading in columns))
     for method in methods:
         cells = [cell(values(rows, method, *column)) for column in columns.values()]
@@ -410,17 +414,16 @@ def measure_cost(job):
 
 def print_cost(rows, job):
     say("\n1. What did it cost, and would something simpler do?")
-    say(f"(accuracy in %; missed: errors on {job.digit}; false: other digits called {job.digit})")
     print_table(rows, ["baseline", "LoRA", "one biased logit", "LoRA + other digits"], SCORES)
     gain = values(rows, "one biased logit", "accuracy") - values(rows, "LoRA", "accuracy")
-    say(f"One biased logit in place of LoRA changes accuracy by {cell(gain)} points.")
+    say(f"Accuracy with one biased logit minus accuracy with LoRA: {cell(gain)} points.")
 
 
 def draw_trade_off(figure, rows, job):
     """The errors on the digit against accuracy, over LoRA's strength and over the bias."""
     figure.suptitle(f"Errors on {job.digit} and accuracy: LoRA, or a bias on one logit")
     axes = figure.subplots()
-    axes.set(xlabel=f"errors on {job.digit}", ylabel="accuracy, %")
+    axes.set(xlabel=f"errors on {job.digit} (← better)", ylabel="accuracy, % (better →)")
     for name, numbers, end, color, shift in (
         ("LoRA at strength", STRENGTHS, ["LoRA"], "C0", (5, -14)),
         ("bias of", BIASES, [], "C1", (-9, 8)),
@@ -437,7 +440,7 @@ def draw_trade_off(figure, rows, job):
 
 # --- Question 2: why is low rank enough? ----------------------------------------------------------
 
-FULL_LR = 6e-5  # chosen on validation images, by the rule of LoRA's own
+FULL_LR = 6e-5  # for one epoch; chosen on validation images, by the rule of LoRA's own
 RANKS = (1, 2, 4, 8, 16)
 MATRICES = ("the weights", "what fine-tuning changed")
 
@@ -446,18 +449,18 @@ def measure_rank(job):
     """Full fine-tuning, its change cut to rank 1, and how much of a matrix each rank holds."""
     torch.manual_seed(job.seed)  # svd_lowrank starts its search at random vectors
     full, cut = deepcopy(job.baseline), deepcopy(job.baseline)
-    train(full, job.images, job.seed, "full fine-tuning", FULL_LR, job.settings.lora_epochs)
+    train(full, job.own, job.seed, "full fine-tuning", FULL_LR)
     trained = count_trained(full)
     yield job.score("full fine-tuning", evaluate(full, job.test.images), trained)
     for name, layer in linear_layers(full).items():
-        weight = cut.get_submodule(name).weight.data
+        weight = cut.get_submodule(name).weight.data  # a view of it
         for method, matrix in zip(MATRICES, (weight, layer.weight.data - weight)):
             # the nearest matrix of rank r is U[:, :r] S[:r] V[:, :r].T (Eckart and Young 1936)
             U, S, V = torch.svd_lowrank(matrix, q=min(32, *matrix.shape), niter=4)
             total = matrix.square().sum()
             shares = [(S[:rank].square().sum() / total).item() for rank in RANKS]
             yield {"method": method, "layer": name, "shares": shares}
-        weight += S[0] * U[:, :1] @ V[:, :1].T  # of the change, which came last
+        weight += S[0] * U[:, :1] @ V[:, :1].T  # U, S and V are of the change, which came last
     yield job.score("full fine-tuning, cut to rank 1", evaluate(cut, job.test.images), trained)
 
 
@@ -465,14 +468,14 @@ def print_rank(rows, job):
     say("\n2. Why is low rank enough?")
     print_table(rows, ["LoRA", "full fine-tuning", "full fine-tuning, cut to rank 1"], SCORES)
     weights, change = (values(rows, method, "shares")[:, 0].mean() for method in MATRICES)
-    say(f"Rank 1 holds {change:.0%} of what fine-tuning changed, {weights:.0%} of the weights.")
+    say(f"Rank 1 holds {change:.0%} of the change, {weights:.0%} of the weights (mean of layers).")
 
 
 def draw_low_rank(figure, rows, job):
     """An image cut to several ranks; below, how much these hold of fine-tuning's change."""
     figure.suptitle("What a low rank holds: of an image (784 numbers), and of the weights")
     top, bottom = figure.subfigures(2, height_ratios=[1, 2])
-    U, S, V = torch.linalg.svd(job.images.images[0].cpu() * STD + MEAN)
+    U, S, V = torch.linalg.svd(job.own.images[0].cpu() * STD + MEAN)
     images = [U[:, :rank] * S[:rank] @ V[:rank] for rank in RANKS]
     words = [f"rank {rank}\n{56 * rank} numbers" for rank in RANKS]
     show_images(top.subplots(1, len(RANKS)), torch.stack(images), words)
@@ -523,6 +526,7 @@ def measure_tasks(job):
         few = Split(change(few.images), few.labels)
         for method, model, lr, steps in ways(job.baseline):
             if steps:
+                # a step is an epoch, since it takes all images
                 train(model, few, job.seed, f"{task}: {method}", lr, steps, batch=IMAGES)
             yield {
                 "method": method,
@@ -533,16 +537,15 @@ def measure_tasks(job):
 
 
 def print_tasks(rows, job):
-    say(f"\n3. What is LoRA for? One more task, from {IMAGES} images: accuracy, %")
+    say(f"\n3. What is LoRA for? One more task, from {IMAGES} images (accuracy on 2,500)")
     columns = {task: ["accuracy", task] for task in TASKS}
-    columns["trained"] = ["trained", min(TASKS)]
+    columns["trained"] = ["trained", min(TASKS)]  # the same for each task
     print_table(rows, dict.fromkeys(x["method"] for x in rows if "task" in x), columns)
     say("Switched off, an adapter leaves the network as it was: the tasks can share it.")
 
 
 def draw_tasks(figure, rows, job):
     """Five images of each task; below, accuracy by how many numbers are stored for the task."""
-    figure.suptitle(f"Accuracy (%) on one more task, learned from {IMAGES} images")
     for part, (task, change) in zip(
         figure.subfigures(1, len(TASKS), squeeze=False)[0], TASKS.items()
     ):
@@ -552,14 +555,20 @@ def draw_tasks(figure, rows, job):
         axes.axhline(
             values(rows, "baseline", "accuracy", task).mean(), color="0.6", label="baseline"
         )
-        for label, methods in (
-            ("adapters, copy", [*ADAPTERS, "copy of the network"]),
-            ("new small networks", [f"new small network, as rank {x}" for x in ADAPTERS.values()]),
-            ("last layer alone", ["last layer alone"]),
-        ):
+        curves = {
+            "adapters of rank 1, 4, 16; whole copy": [*ADAPTERS, "copy of the network"],
+            "new small networks": [f"new small network, as rank {x}" for x in ADAPTERS.values()],
+            "last layer alone": ["last layer alone"],
+        }
+        for label, methods in curves.items():
             draw_curve(axes, rows, methods, "trained", "accuracy", task, label=label)
         show_images(panels.values(), change(job.test.images[:5]), [""] * 5)
-    axes.legend(fontsize="small")
+    figure.legend(
+        handles=axes.get_lines(),
+        title=f"Accuracy (%) on one more task, learned from {IMAGES} images",
+        loc="outside upper center",
+        ncols=2,
+    )
 
 
 # --- Files and command line -----------------------------------------------------------------------
@@ -667,7 +676,7 @@ def run(settings):
     torch.use_deterministic_algorithms(True)
     folder, data = vars(settings).pop("output_dir"), vars(settings).pop("data_dir")
     try:
-        torch.manual_seed(settings.seed + settings.seeds)
+        torch.manual_seed(settings.seed + settings.seeds)  # is it small enough?
         torch.zeros(1, device=settings.device).item()
         folder = folder.expanduser()
         splits = load_mnist(data.expanduser(), settings.device)

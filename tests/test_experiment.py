@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, linear
 import main
 
 OPTIONS = {"digit": 4, "rank": 3, "alpha": 2.5, "lora_epochs": 5, "lora_lr": 2e-3, "seeds": 2}
-SEED, SCALING, FULL_LR, FEW = 7, 2.5 / 3, 1e-4, 40
+SEED, SCALING, FULL_LR, FEW = 7, 2.5 / 3, 6e-4, 40
 LAYERS = {"linear1": (60, 784), "linear2": (50, 60), "linear3": (10, 50)}
 
 
@@ -162,7 +162,7 @@ def again(splits):
     add("LoRA + other digits", forward(test.images), count)
 
     full = deepcopy(state)
-    count = fit(network(full), full.values(), *own, FULL_LR, 5)
+    count = fit(network(full), full.values(), *own, FULL_LR)
     add("full fine-tuning", network(full)(test.images), count)
     cut = dict(state)
     for name in [f"{x}.weight" for x in LAYERS]:
@@ -250,3 +250,11 @@ def test_a_second_seed_is_a_run_of_its_own_and_gives_the_same_bytes_twice(found,
     alone, _ = run(tmp_path / "main", "--main-job-only", seed=8, seeds=1)
     assert alone["rows"] == metrics["rows"][:2]
     assert found.rows[0]["errors"] != metrics["rows"][0]["errors"]
+
+
+def test_the_lora_that_is_checked_is_the_trained_one(run, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(main, "check_lora", lambda *x: checked.append(x))
+    run(tmp_path, "--main-job-only", seeds=1)
+    ((_, lora, alpha),) = checked
+    assert alpha == 2.5 and all(x.lora_B.any() for x in main.lora_layers(lora).values())
