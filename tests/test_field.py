@@ -73,8 +73,15 @@ class Terminal(io.StringIO):
         return True
 
 
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
 STREAMS = {
     "none": lambda: None,
+    "closed": closed,
     "gone": Gone,
     "notebook": OutStream,
     "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"),

@@ -87,6 +87,8 @@ def test_strength_0_is_the_base_exactly_and_strength_1_is_as_trained():
         found = main.set_strength(lora, strength)(IMAGES)
         assert torch.equal(found, base(IMAGES)) == (strength == 0)
         assert torch.equal(found, on) == (strength == 1)
+        layer = lora.inner[0]
+        assert (layer.weight is layer.parametrizations.weight.original) == (strength == 0)
 
 
 def test_a_second_lora_on_a_layer_is_refused():

@@ -164,6 +164,7 @@ def test_the_bars_are_the_errors_on_each_digit(job):
     written = []
     for bars, method, side in zip(axes.containers, BOTH, (-1, 1), strict=True):
         assert bars.get_label() == method
+        assert same_color(bars[0].get_facecolor(), {-1: "0.6", 1: "C0"}[side])
         assert [bar.get_height() for bar in bars] == pytest.approx(mean(method, "errors"))
         written += [f"{x:.0f}" for x in mean(method, "errors")]
         for digit, bar in enumerate(bars):
