@@ -258,7 +258,8 @@ def check_lora(baseline, lora, alpha):
     off = set_strength(deepcopy(lora), 0)
     for name, tensor in baseline.named_parameters():
         used = attrgetter(name)(off)  # of a layer with LoRA, what comes out of its forward
-        if not torch.equal(tensor.view(torch.uint8), used.view(torch.uint8)):  # 0.0 equals -0.0
+        # as bytes, since 0.0 equals -0.0
+        if not torch.equal(tensor.view(torch.uint8), used.view(torch.uint8)):
             sys.exit(f"main.py: with LoRA off, {name} is not the baseline's, to the bit")
     for name, matrices in lora_layers(lora).items():
         A, B = matrices.parameters()
@@ -301,7 +302,10 @@ def print_main_job(rows, job):
     for name, lora in lora_layers(job.lora).items():
         say(f"  {name}: W + lora_B {tuple(lora.lora_B.shape)} @ lora_A {tuple(lora.lora_A.shape)}")
     trained, frozen = count_trained(job.lora), count_trained(job.baseline)
-    say(f"  {trained:,} numbers trained (+{trained / frozen:.3%}), {frozen:,} frozen")
+    say(
+        f"  {trained:,} numbers trained ({4 * trained / 1e3:.0f} kB), {trained / frozen:.3%} "
+        f"of the {frozen:,} ({4 * frozen / 1e6:.0f} MB) that are frozen"
+    )
     say("  checked: off, it is the baseline to the bit; on, W x + b + (alpha / rank) B (A x)")
 
     heading = [f"{digit:5}" for digit in range(10)]
@@ -386,7 +390,7 @@ OTHERS = 3  # images of other digits for each one of the digit; chosen on valida
 
 def measure_cost(job):
     """LoRA turned down; a bias on the digit's logit instead; and LoRA with other digits too."""
-    lora, settings, trained = deepcopy(job.lora), job.settings, count_trained(job.lora)
+    lora, trained = deepcopy(job.lora), count_trained(job.lora)
     for strength in progress(STRENGTHS, "strengths"):
         logits = evaluate(set_strength(lora, strength), job.test.images)
         yield job.score(f"LoRA at strength {strength}", logits, trained)
@@ -408,7 +412,7 @@ def measure_cost(job):
     own, others = order[job.chosen[order]], order[~job.chosen[order]]
     mixed = job.train.some(torch.cat([own, others[: OTHERS * len(own)]]))
     name, lora, batch = "LoRA + other digits", deepcopy(job.start), 128 * (1 + OTHERS)
-    train(lora, mixed, job.seed, name, settings.lora_lr, settings.lora_epochs, batch)
+    train(lora, mixed, job.seed, name, job.settings.lora_lr, job.settings.lora_epochs, batch)
     yield job.score(name, evaluate(lora, job.test.images), trained)
 
 
