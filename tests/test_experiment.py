@@ -230,7 +230,10 @@ def test_what_is_saved_is_of_this_run_and_its_first_seed(found, again, capsys):
     assert config == about
     told = {"seed": SEED, **OPTIONS, "device": "cpu", "main_job_only": False}
     assert found.metrics["config"] == told
-    assert found.metrics["environment"]["torch"] == torch.__version__
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    assert found.metrics["environment"] == machine | {"bfloat16": main.BFLOAT16}
+    for text in ("seed 7, digit 4, rank 3, alpha 2.5", "seed 8, ", "(seeds: 2, images: seed 7)"):
+        assert text in found.out
     lines = (found.folder / "metrics.json").read_text().splitlines()
     assert len(lines) == 1 + len(found.rows)  # a line for each
     for _, _, show, *_ in main.PARTS[1:]:

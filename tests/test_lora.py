@@ -37,37 +37,17 @@ def models(layers=()):
     return base, start, lora
 
 
-def test_the_model_is_three_layers_with_relu_between():
-    model, x = main.MNISTClassifier(), torch.randn(3, 28, 28)
-    layers = [model.linear1, nn.ReLU(), model.linear2, nn.ReLU(), model.linear3]
-    torch.testing.assert_close(model(x), nn.Sequential(nn.Flatten(), *layers)(x))
-    assert main.count_trained(model) == 2_807_010
-
-
-@pytest.mark.parametrize("rank", [1, 10])
-def test_lora_starts_at_the_weight_and_adds_its_scaled_product_to_it(rank):
-    base = Odd()
-    model = main.attach_lora(copy.deepcopy(base), rank, 3.0)
-    assert torch.equal(model(IMAGES), base(IMAGES))
-    assert list(main.lora_layers(model)) == list(main.linear_layers(model)) == LAYERS
-    for name, lora in main.lora_layers(model).items():
+def test_lora_starts_at_the_weight_and_adds_its_scaled_product_to_it():
+    base, start, lora = models()
+    assert torch.equal(start(IMAGES), base(IMAGES))
+    assert list(main.lora_layers(lora)) == list(main.linear_layers(lora)) == LAYERS
+    for name, matrices in main.lora_layers(lora).items():
         weight = base.get_submodule(name).weight
-        assert lora.lora_A.shape == (rank, weight.shape[1])
-        nn.init.normal_(lora.lora_B)
+        assert matrices.lora_A.shape == (2, weight.shape[1])
         for strength in (1.0, 0.3):
-            main.set_strength(model, strength)
-            expected = weight + strength * (3.0 / rank) * lora.lora_B @ lora.lora_A
-            torch.testing.assert_close(model.get_submodule(name).weight, expected)
-
-
-def test_lora_a_is_drawn_by_the_seed_with_variance_one_over_in():
-    def draw(seed):
-        torch.manual_seed(seed)
-        return main.LoRAParametrization(torch.zeros(300, 400), 300, 1.0).lora_A
-
-    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
-    std, mean = torch.std_mean(draw(0) * 20)
-    assert (std.item(), mean.item()) == pytest.approx((1, 0), abs=0.02)
+            main.set_strength(lora, strength)
+            expected = weight + strength * 1.5 * matrices.lora_B @ matrices.lora_A
+            torch.testing.assert_close(lora.get_submodule(name).weight, expected)
 
 
 @pytest.mark.parametrize("layers", [(), ["inner.2"]])

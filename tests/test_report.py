@@ -136,7 +136,8 @@ def test_low_rank_has_its_cuts_and_both_shares(job):
     for line in axes.get_lines():
         assert [*line.get_ydata()] == pytest.approx(mean(line.get_label(), "shares"))
         assert tuple(line.get_xdata()) == main.RANKS
-    assert len(axes.get_legend().get_texts()) == 2 and axes.get_xlabel() == "rank"
+    assert len(axes.get_legend().get_texts()) == 2
+    assert axes.get_xlabel() == "rank" and axes.get_ylim()[0] == 0
 
 
 def test_tasks_has_its_images_and_each_way_by_its_size(job):
