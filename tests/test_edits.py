@@ -22,9 +22,9 @@ QUESTIONS = {"cost": "trade_off.png", "rank": "low_rank.png", "tasks": "tasks.pn
 
 @pytest.fixture
 def run(mnist, tmp_path, monkeypatch):
-    """The rows of an edited script, on a few hundred images; pictures are empty files."""
+    """The rows of an edited script, on a few hundred images; of pictures, the note is saved."""
     splits = some(mnist, 300, 100, 160)
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda x, path, **_: path.write_text(x.get_supxlabel()))
 
     def of(source, *options):
         edited = ModuleType("edited")
@@ -53,6 +53,7 @@ def without(number, name):
 def test_each_question_can_be_deleted_with_its_line(run, tmp_path):
     whole = run(SOURCE)
     for number, (name, picture) in enumerate(QUESTIONS.items(), 1):
+        assert (tmp_path / picture).read_text() == "seeds: 1, images: seed 0"
         (tmp_path / picture).unlink()
         assert run(without(number, name)) == [row for row in whole if row["question"] != name]
         assert not (tmp_path / picture).exists()

@@ -8,6 +8,7 @@ from copy import deepcopy
 from types import SimpleNamespace
 
 import conftest
+import matplotlib
 import pytest
 import torch
 from torch import nn
@@ -242,10 +243,10 @@ def test_what_is_saved_is_of_this_run_and_its_first_seed(found, again, capsys):
 
 
 def test_a_second_seed_is_a_run_of_its_own_and_gives_the_same_bytes_twice(found, run, tmp_path):
-    (tmp_path / "learned.png").touch()
     files = []
-    for name in ("one", "two"):
-        metrics, _ = run(tmp_path / name, seed=8, seeds=1)
+    for name, size in (("one", 10), ("two", 30)):  # whatever the user's own style
+        with matplotlib.rc_context({"font.size": size}):
+            metrics, _ = run(tmp_path / name, seed=8, seeds=1)
         assert metrics["rows"] == [row for row in found.rows if row["seed"] == 8]
         paths = sorted((tmp_path / name).rglob("*.*"))
         files.append({path.name: path.read_bytes() for path in paths})

@@ -40,6 +40,8 @@ def models(layers=()):
 def test_lora_starts_at_the_weight_and_adds_its_scaled_product_to_it():
     base, start, lora = models()
     assert torch.equal(start(IMAGES), base(IMAGES))
+    half = main.LoRAParametrization(torch.zeros(3, 4, dtype=torch.half), 1, 1.0)
+    assert {matrix.dtype for matrix in half.parameters()} == {torch.half}
     assert list(main.lora_layers(lora)) == list(main.linear_layers(lora)) == LAYERS
     for name, matrices in main.lora_layers(lora).items():
         weight = base.get_submodule(name).weight
