@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, linear
 
 import main
 
-OPTIONS = {"digit": 4, "rank": 3, "alpha": 2.5, "lora_epochs": 5, "lora_lr": 2e-3, "seeds": 2}
+OPTIONS = {"digit": 4, "rank": 3, "alpha": 2.5, "lora_epochs": 5, "lora_lr": 1.6e-3, "seeds": 2}
 SEED, SCALING, FULL_LR, FEW = 7, 2.5 / 3, 6e-4, 40
 LAYERS = {"linear1": (60, 784), "linear2": (50, 60), "linear3": (10, 50)}
 
@@ -143,7 +143,7 @@ def again(splits):
     own = images[nines], labels[nines]
     start = new_lora(3)
     lora = deepcopy(start)
-    forward, count = fit_lora(state, lora, SCALING, *own, 2e-3, 5)
+    forward, count = fit_lora(state, lora, SCALING, *own, 1.6e-3, 5)
     add("LoRA", forward(test.images), count)
 
     for strength in (0.2, 0.4, 0.6, 0.8):
@@ -158,7 +158,7 @@ def again(splits):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED)).tolist()
     mixed = [i for i in order if labels[i] == 4]
     mixed += [i for i in order if labels[i] != 4][: 3 * len(mixed)]
-    how = deepcopy(start), SCALING, images[mixed], labels[mixed], 2e-3, 5, 512
+    how = deepcopy(start), SCALING, images[mixed], labels[mixed], 1.6e-3, 5, 512
     forward, count = fit_lora(state, *how)
     add("LoRA + other digits", forward(test.images), count)
 
