@@ -150,7 +150,7 @@ def say(line):
     except UnicodeEncodeError:
         say(ascii(line))
     except (OSError, ValueError):
-        sys.stdout = None  # so that Python does not try once more at exit
+        pass  # a pipe, terminal or stream that was closed
 
 
 def progress(steps, name):
@@ -550,9 +550,8 @@ def print_tasks(rows, job):
 
 def draw_tasks(figure, rows, job):
     """Five images of each task; below, accuracy by how many numbers are stored for the task."""
-    for part, (task, change) in zip(
-        figure.subfigures(1, len(TASKS), squeeze=False)[0], TASKS.items()
-    ):
+    parts = figure.subfigures(1, len(TASKS), squeeze=False)[0]
+    for part, (task, change) in zip(parts, TASKS.items()):
         panels = part.subplot_mosaic("01234;xxxxx", height_ratios=[1, 5])
         axes = panels.pop("x")
         axes.set(title=task, xlabel="numbers stored", xscale="log", ylim=(0, 100))
