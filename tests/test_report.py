@@ -49,6 +49,7 @@ def job():
 def drawn(draw, job):
     figure = Figure()
     draw(figure, ROWS, job)
+    assert "9" not in figure.get_suptitle()
     return figure
 
 
