@@ -396,7 +396,7 @@ def measure_cost(job):
         yield job.score(f"LoRA at strength {strength}", logits, trained)
     one_hot = torch.eye(10)[job.digit].to(job.before)
     for bias in BIASES:
-        yield job.score(f"bias of {bias}", job.before + bias * one_hot, trained=1)
+        yield job.score(f"bias of {bias}", job.before + bias * one_hot, 1)
 
     # The largest bias that costs no more accuracy than LoRA does, on validation images.
     images, labels = job.validation
@@ -405,7 +405,7 @@ def measure_cost(job):
     for bias in torch.arange(0, 20, 0.25).tolist():
         if accuracy(plain + bias * one_hot, labels) >= least:
             most = bias
-    yield job.score("one biased logit", job.before + most * one_hot, trained=1)
+    yield job.score("one biased logit", job.before + most * one_hot, 1)
 
     # As many steps as LoRA took, with as many images of the digit in each, and others with them.
     order = torch.randperm(len(job.chosen), generator=torch.Generator().manual_seed(job.seed))
@@ -527,7 +527,7 @@ def measure_tasks(job):
     for task, change in TASKS.items():
         torch.manual_seed(job.seed)
         few = job.train.some(torch.randperm(len(job.chosen))[:IMAGES])
-        few = Split(change(few.images), few.labels)
+        few, seen = Split(change(few.images), few.labels), change(images)
         for method, model, lr, steps in ways(job.baseline):
             if steps:
                 # a step is an epoch, since it takes all images
@@ -535,7 +535,7 @@ def measure_tasks(job):
             yield {
                 "method": method,
                 "task": task,
-                "accuracy": accuracy(evaluate(model, change(images)), labels),
+                "accuracy": accuracy(evaluate(model, seen), labels),
                 "trained": count_trained(model),
             }
 
