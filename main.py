@@ -284,7 +284,7 @@ def main_job(settings, seed, splits):
     say(train(lora, own, seed, "LoRA", settings.lora_lr, settings.lora_epochs))
     check_lora(baseline, lora, settings.alpha)
 
-    before, after = (evaluate(model, test.images) for model in (baseline, lora))
+    before, after = evaluate(baseline, test.images), evaluate(lora, test.images)
     made = baseline, start, lora, before, after
     return Job(settings, settings.digit, seed, *splits, chosen, own, *made)
 
@@ -306,7 +306,7 @@ def print_main_job(rows, job):
         f"  {trained:,} numbers trained ({4 * trained / 1e3:.0f} kB), {trained / frozen:.3%} "
         f"of the {frozen:,} ({4 * frozen / 1e6:.0f} MB) that are frozen"
     )
-    say("  checked: off, it is the baseline to the bit; on, W x + b + (alpha / rank) B (A x)")
+    say("  checked: off, it has the baseline's bits; on, W x + b + (alpha / rank) B (A x)")
 
     heading = [f"{digit:5}" for digit in range(10)]
     heading[job.digit] += "*"

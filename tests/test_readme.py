@@ -50,7 +50,8 @@ def test_every_number_of_the_findings():
             *("9", "0.001", "0.0015", "9"),
         ],
         "The price": [
-            *("9", told(MIXED, missed), "9", "9", told(BIAS, missed), told(BIAS, decimals=2), "9"),
+            *("9", told(MIXED, missed), told(MIXED, decimals=2), "0.2", "9", "9"),
+            *(told(BIAS, missed), told(BIAS, decimals=2), "9"),
         ],
         "Low rank": [
             *(told(FULL, missed), told(FULL, decimals=2), "1"),
@@ -61,6 +62,7 @@ def test_every_number_of_the_findings():
         "What LoRA is for": [
             *("100", "4", "1"),
             *[told(way, task=task) for task in ("rotated", "mirrored") for way in ways],
+            told("baseline", task="mirrored"),
             *[told(LAST, task=task) for task in ("rotated", "mirrored")],
             *[told(way, task="shuffled") for way in (LAST, ADAPTER, NEW)],
         ],
@@ -87,6 +89,12 @@ def test_the_bars_that_the_project_sets_itself():
     assert abs(mean(BIAS) - mean(LORA)) <= 1
     assert mean(BIAS, "missed") <= mean(LORA, "missed") + 2
     assert abs(mean(MIXED) - mean("baseline")) <= 0.3 and mean(MIXED, "missed") <= 0.75 * before
+    weak = "LoRA at strength 0.2"  # about as with other digits
+    assert (
+        abs(mean(weak) - mean(MIXED)) < 0.1
+        and abs(mean(weak, "missed") - mean(MIXED, "missed")) < 1
+    )
+    assert abs(mean("baseline", task="rotated") - mean(NEW, task="rotated")) < 0.5
     for task in ("rotated", "mirrored"):
         adapter, copy, new = (mean(x, task=task) for x in (ADAPTER, COPY, NEW))
         assert abs(adapter - copy) <= 4 and adapter >= new + 2
