@@ -552,9 +552,10 @@ def draw_tasks(figure, rows, job):
     """Five images of each task; below, accuracy by how many numbers are stored for the task."""
     parts = figure.subfigures(1, len(TASKS), squeeze=False)[0]
     for part, (task, change) in zip(parts, TASKS.items()):
-        panels = part.subplot_mosaic("01234;xxxxx", height_ratios=[1, 5])
-        axes = panels.pop("x")
-        axes.set(title=task, xlabel="numbers stored", xscale="log", ylim=(0, 100))
+        top, axes = part.subplots(2, height_ratios=[1, 5])
+        strip = torch.cat([*change(job.test.images[:5])], 1)  # side by side
+        show_images([top], strip[None], [task])
+        axes.set(xlabel="numbers stored", xscale="log", ylim=(0, 100))
         axes.axhline(
             values(rows, "baseline", "accuracy", task).mean(), color="0.6", label="baseline"
         )
@@ -565,7 +566,6 @@ def draw_tasks(figure, rows, job):
         }
         for label, methods in curves.items():
             draw_curve(axes, rows, methods, "trained", "accuracy", task, label=label)
-        show_images(panels.values(), change(job.test.images[:5]), [""] * 5)
     figure.legend(
         handles=axes.get_lines(),
         title=f"Accuracy (%) on one more task, learned from {IMAGES} images",
