@@ -641,9 +641,6 @@ def save(folder, rows, job):
         for matrix, tensor in lora.named_parameters():
             state[f"base_model.model.{name}.{matrix}.weight"] = tensor.detach()
     with new_files(folder) as new:
-        foreign = folder / "adapter" / "adapter_model.safetensors"  # PEFT reads it before ours
-        if foreign.exists():
-            foreign.rename(f"{foreign}.old")
         (new / "adapter").mkdir()
         (new / "metrics.json").write_text(json.dumps(metrics).replace('{"seed"', '\n{"seed"'))
         (new / "adapter" / "adapter_config.json").write_text(json.dumps(adapter, indent=1) + "\n")
@@ -651,6 +648,9 @@ def save(folder, rows, job):
         for name, tensors in files.items():
             with (new / name).open("wb") as file:
                 torch.save({key: tensor.cpu() for key, tensor in tensors.items()}, file)
+        foreign = folder / "adapter" / "adapter_model.safetensors"  # PEFT reads it before ours
+        if foreign.exists():
+            foreign.rename(f"{foreign}.old")
 
 
 def draw_all(folder, parts, rows, job, note):
@@ -674,7 +674,7 @@ def draw_all(folder, parts, rows, job, note):
 
 def run(settings):
     """Measure each seed, save what was found, print it, and draw it."""
-    torch.set_flush_denormal(True)  # Adam's moments of dead units, several times slower
+    torch.set_flush_denormal(True)  # such are Adam's moments of dead units, and slow on some CPUs
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA refuses
     torch.use_deterministic_algorithms(True)
     folder, data = vars(settings).pop("output_dir"), vars(settings).pop("data_dir")
