@@ -32,7 +32,7 @@ def try_all(seed, splits):
     ):
         for lr in rates:
             model = deepcopy(start)
-            main.train(model, job.images, seed, method, lr)
+            main.train(model, job.own, seed, method, lr)
             logits = main.evaluate(model, validation.images)
             yield job.score(method, logits, main.count_trained(model)) | {"lr": lr}
     for others in OTHERS:
