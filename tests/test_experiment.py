@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import main
 
 SEED, SCALING = 7, 2.5 / 3
-OPTIONS = {"digit": 4, "rank": 3, "alpha": 2.5, "lora_epochs": 5, "lora_lr": 1.6e-3, "seeds": 2}
+OPTIONS = {"digit": 4, "rank": 3, "alpha": 2.5, "lora_epochs": 5, "lora_lr": 1.2e-3, "seeds": 2}
 WEIGHTS = ["1.weight", "3.weight", "5.weight"]
 
 
@@ -29,7 +29,7 @@ NETWORK = network()
 
 @pytest.fixture(scope="module")
 def splits(mnist):
-    return conftest.some(mnist, 12000, 400, 800)
+    return conftest.some(mnist, 12000, 330, 800)  # of validation: the best bias ties
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def again(splits):
     own = images[nines], labels[nines]
     start = new_lora(state, 3)
     lora = deepcopy(start)
-    forward = fit_lora(state, lora, SCALING, *own, 1.6e-3, 5)
+    forward = fit_lora(state, lora, SCALING, *own, 1.2e-3, 5)
     add("LoRA", forward(test.images))
 
     four = torch.arange(10) == 4
@@ -136,7 +136,7 @@ def again(splits):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED)).tolist()
     mixed = [i for i in order if labels[i] == 4]
     mixed += [i for i in order if labels[i] != 4][: 3 * len(mixed)]
-    forward = fit_lora(state, start, SCALING, images[mixed], labels[mixed], 1.6e-3, 5, 512)
+    forward = fit_lora(state, start, SCALING, images[mixed], labels[mixed], 1.2e-3, 5, 512)
     add("LoRA + other digits", forward(test.images))
 
     torch.manual_seed(SEED)
@@ -179,10 +179,10 @@ def test_a_second_seed_is_a_run_of_its_own_and_gives_the_same_bytes_twice(
 ):
     files, checked = [], []
     monkeypatch.setattr(main, "check_lora", lambda *arguments: checked.append(arguments[1]))
-    for size in (10, 30):  # whatever the user's own style
-        with matplotlib.rc_context({"font.size": size}):
-            rows = run(tmp_path / str(size), seed=8, seeds=1)
-        paths = sorted((tmp_path / str(size)).rglob("*.*"))
+    for width in (1, 3):  # whatever the user's own style
+        with matplotlib.rc_context({"lines.linewidth": width}):
+            rows = run(tmp_path / str(width), seed=8, seeds=1)
+        paths = sorted((tmp_path / str(width)).rglob("*.*"))
         files.append({path.name: path.read_bytes() for path in paths})
     assert len(files[0]) == 10 and files[0] == files[1]
     assert rows == [row for row in found[1] if row["seed"] == 8]

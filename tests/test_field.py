@@ -100,7 +100,7 @@ def test_folders_in_the_home_and_files_of_others(small, tmp_path, monkeypatch):
     (tmp_path / "x" / "adapter").mkdir(parents=True)
     for name in ("adapter/adapter_model.safetensors", "mine.png", "trade_off.png"):
         (tmp_path / "x" / name).write_text("foreign")
-    main.main(["--output-dir=~/x", "--main-job-only", "--alpha=1000", "--lora-lr=1e-6"])
+    main.main(["--output-dir=~/x", "--data-dir=~/x", "--main-job-only", "--alpha=1000"])
     files = {path.name for path in (tmp_path / "x").rglob("*")}
     assert {"metrics.json", "mine.png", "adapter_model.safetensors.old"} <= files
     assert not {"trade_off.png", "adapter_model.safetensors"} & files
