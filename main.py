@@ -92,8 +92,9 @@ def attach_lora(model, rank, alpha, layers=()):
         layer = model.get_submodule(name)
         if parametrize.is_parametrized(layer):
             raise ValueError(f"{name} has LoRA already: attach it to a copy of the plain model")
-        lora = LoRAParametrization(layer.weight, rank, alpha)
-        parametrize.register_parametrization(layer, "weight", lora)
+        parametrize.register_parametrization(
+            layer, "weight", LoRAParametrization(layer.weight, rank, alpha)
+        )
     return model
 
 
@@ -355,8 +356,8 @@ def draw_error_counts(figure, rows, job):
     axes = figure.subplots()
     axes.axvspan(job.digit - 0.5, job.digit + 0.5, color="#fff3b0")
     errors = {name: values(rows, name, "errors").mean(0) for name in BOTH}
-    groups = axes.grouped_bar(errors, tick_labels=[*"0123456789"], colors=["0.6", "C0"])
-    for bars in groups.bar_containers:
+    axes.grouped_bar(errors, tick_labels=[*"0123456789"], colors=["0.6", "C0"])
+    for bars in axes.containers:
         axes.bar_label(bars, fmt="%.0f", fontsize="small")
     axes.set(xlabel="digit in the image", ylabel="errors on test images")
     axes.legend()
@@ -378,8 +379,9 @@ def draw_learned(figure, rows, job):
     if len(end) == 784:
         figure.suptitle("The first row of lora_A, each image in its own scale")
         images = torch.stack([start, end - start, end]).detach().view(3, 28, 28)
-        words = ["random start", "+ what training adds", "= lora_A"]
-        show_images(figure.subplots(1, 3), images, words)
+        show_images(
+            figure.subplots(1, 3), images, ["random start", "+ what training adds", "= lora_A"]
+        )
 
 
 # --- Question 1: what did it cost, and would something simpler do? --------------------------------
@@ -680,13 +682,16 @@ def run(settings):
     torch.utils.deterministic.fill_uninitialized_memory = False  # no need, and a twentieth faster
     folder, data = vars(settings).pop("output_dir"), vars(settings).pop("data_dir")
     try:
-        torch.manual_seed(settings.seed + settings.seeds)  # is it small enough?
-        torch.zeros(1, device=settings.device).item()
+        given = f"--output-dir {folder}"
         folder = folder.expanduser()
+        given = f"--seed {settings.seed}"
+        torch.manual_seed(settings.seed + settings.seeds)  # is it small enough?
+        given = f"--device {settings.device}"
+        torch.zeros(1, device=settings.device).item()
+        given = f"--data-dir {data}"
         splits = load_mnist(data.expanduser(), settings.device)
     except Exception as error:  # noqa: BLE001 (of torch, torchvision or the system)
         reason = str(error).partition("\n")[0]
-        given = f"--seed {settings.seed}, --device {settings.device} or --data-dir {data}"
         PARSER.error(f"{given} will not do: {reason}")
     with new_files(folder):
         pass  # if it cannot be written, this says so before training

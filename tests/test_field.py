@@ -29,12 +29,12 @@ def refused(capsys, *arguments):
 
 WRONG = "--digit=10 --rank=0 --rank=1.5 --alpha=0 --alpha=2000.0 --lora-lr=nan --lora-epochs=-1"
 WRONG += f" --seeds=0 --seed=x --seed={2**64 - 1} --nines --lr=1"
-DEVICES = "--device=tpu --device=meta --device=hpu --device=cuda:77"
+WRONG += " --device=tpu --device=meta --device=hpu --device=cuda:77 --output-dir=~nobody-here/x"
 
 
-@pytest.mark.parametrize("argument", [*WRONG.split(), *DEVICES.split()])
+@pytest.mark.parametrize("argument", WRONG.split())
 def test_a_wrong_argument_is_refused_by_name_and_value(argument, capsys, tmp_path):
-    line = refused(capsys, argument, f"--output-dir={tmp_path / 'out'}")
+    line = refused(capsys, f"--output-dir={tmp_path / 'out'}", argument)
     assert all(part in line for part in argument.split("=")) and not list(tmp_path.iterdir())
 
 
@@ -85,14 +85,15 @@ def test_results_are_on_disk_before_anything_is_printed_or_drawn(
     place, small, tmp_path, monkeypatch
 ):
     def fail(*_):
-        assert '"baseline"' in (tmp_path / "metrics.json").read_text()
+        assert '"baseline"' in (tmp_path / "outputs" / "metrics.json").read_text()
         raise ZeroDivisionError
 
     part = list(main.PARTS[0])
     part[place] = fail
     monkeypatch.setattr(main, "PARTS", [part])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError):  # which is ours: a traceback
-        main.main([f"--output-dir={tmp_path}"])
+        main.main([])  # and not the arguments of whoever imports it
 
 
 def test_folders_in_the_home_and_files_of_others(small, tmp_path, monkeypatch):

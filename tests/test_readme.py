@@ -11,6 +11,7 @@ import main
 NOTES = (ROOT / "results" / "README.md").read_text()
 RATES = json.loads((ROOT / "results" / "rates.json").read_text())
 LORA, FULL, MIXED = "LoRA", "full fine-tuning", "LoRA + other digits"
+BOTH = "baseline", LORA
 BIAS, COPY, CUT = "one biased logit", "copy of the network", "full fine-tuning, cut to rank 1"
 ADAPTER, NEW, LAST = "adapter, rank 4", "new small network, as rank 4", "last layer alone"
 
@@ -26,8 +27,8 @@ def test_each_decimal_number_in_its_place():
     def scores(method):
         return [told(method, "missed"), told(method, "accuracy", 2)]
 
-    both = [told(x, "accuracy", 2) for x in ("baseline", LORA)]
-    missed = [told(x, "missed") for x in ("baseline", LORA)]
+    both = [told(x, "accuracy", 2) for x in BOTH]
+    missed = [told(x, "missed") for x in BOTH]
     expected = ["2106.09685", "3.11", *both, *missed, "1.0", "0.5", "0.001", "0.0015"]
     expected += [*scores(MIXED), "0.2", *scores(BIAS), *scores(FULL), *scores(CUT)]
     for task in ("rotated", "mirrored"):
@@ -45,8 +46,8 @@ def test_each_decimal_number_in_its_place():
 
 
 def test_the_whole_numbers():
-    false = [told(x, "false", 0) for x in (LORA, "baseline")]
-    assert f"{false[0]} other digits are called 9, where it was {false[1]}" in README
+    false = [told(x, "false", 0) for x in BOTH]
+    assert f"{false[1]} other digits are called 9, where it was {false[0]}" in README
     for part in ("what fine-tuning changed", "the weights"):
         layers = main.values(RESULTS["rows"], part, "shares")[:, 0].view(20, 3).mean(0) * 100
         assert "{:.0f}, {:.0f} and {:.0f} %".format(*layers) in README

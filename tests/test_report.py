@@ -17,6 +17,7 @@ ADAPTERS = ["adapter, rank 1", "adapter, rank 4", "adapter, rank 16", "copy of t
 NEW = [f"new small network, as rank {x}" for x in (1, 4, 16)]
 STRENGTHS = [f"LoRA at strength 0.{x}" for x in (2, 4, 6, 8)]
 LAST = ["last layer alone"]
+PAIRS = [method for pair in zip(ADAPTERS, NEW) for method in pair]
 
 
 def mean(*what):
@@ -52,7 +53,7 @@ SHARES = [f"{mean(x, 'shares')[0]:.0%}" for x in ("what fine-tuning changed", "t
     [
         (main.print_cost, ["baseline", "LoRA", BIAS, MIXED], SCORES, [main.cell(GAIN)]),
         (main.print_rank, ["LoRA", *FULL], SCORES, ["1", *SHARES]),
-        (main.print_tasks, ["baseline", *ADAPTERS, *NEW, *LAST], TASKS, []),
+        (main.print_tasks, ["baseline", *PAIRS, *LAST, ADAPTERS[-1]], TASKS, []),
     ],
 )
 def test_a_table_has_each_number_in_its_place(show, methods, columns, numbers, capsys):
@@ -62,7 +63,7 @@ def test_a_table_has_each_number_in_its_place(show, methods, columns, numbers, c
     for method in methods:
         cells = [main.cell(main.values(ROWS, method, *column)) for column in columns.values()]
         table.append([*method.split(), *cells])
-    assert sorted(lines[-len(table) :]) == sorted(table)
+    assert lines[-len(table) :] == table
     assert [word for word in answer if re.search(r"\d", word)] == numbers
 
 
