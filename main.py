@@ -4,7 +4,7 @@ LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) freezes a trained networ
 correction of each weight matrix: here of a network that reads digits, from images of 9 alone. It
 trains 6,794 numbers, 0.242 % of the network's. Errors on 9 fall from 43.7 to 4.2; accuracy falls
 from 97.43 to 91.84 %, since other digits are now called 9 (20 seeds, 10,000 test images).
-Read to the end of the main job, and you have seen all of LoRA; three questions follow.
+Read to the end of the main job, and you have seen LoRA at work; three questions follow.
 """
 
 import argparse
@@ -410,7 +410,7 @@ def measure_cost(job):
             most = bias
     yield job.score("one biased logit", job.before + most * one_hot, 1)
 
-    # As many steps as LoRA took, with as many images of the digit in each, and others with them.
+    # As many steps as LoRA took, with as many images of the digit (on average) in each.
     order = torch.randperm(len(job.chosen), generator=torch.Generator().manual_seed(job.seed))
     own, others = order[job.chosen[order]], order[~job.chosen[order]]
     mixed = job.train.some(torch.cat([own, others[: OTHERS * len(own)]]))
@@ -489,7 +489,7 @@ def draw_low_rank(figure, rows, job):
     axes = bottom.subplots()
     for method in MATRICES:
         axes.plot(RANKS, values(rows, method, "shares").mean(0), "o-", label=method)
-    axes.set(xlabel="rank", xticks=RANKS, ylabel="share of the squared norm", ylim=0)
+    axes.set(xlabel="rank", xticks=RANKS, ylabel="share of squared norm,\nmean of layers", ylim=0)
     axes.legend()
 
 
@@ -708,7 +708,7 @@ def run(settings):
     save(folder, rows, first)
 
     note = f"seeds: {settings.seeds}, images: seed {settings.seed}"
-    say(f"\nFound on the test images, as mean±deviation ({note}):")
+    say(f"\nFound on the test images, as means (±deviations; {note}):")
     for _, _, show, *_ in parts:
         show(rows, first)
     draw_all(folder, parts, rows, first, note)

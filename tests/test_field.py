@@ -69,7 +69,7 @@ def test_any_stdout_and_stderr_will_do(out, small, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.*"))) == 7
     if out is ASCII:
         out.said = out.buffer.getvalue().decode()
-        assert "mean\\xb1deviation" in out.said
+        assert "(\\xb1deviations" in out.said
     if hasattr(out, "said"):
         assert "seed 1, digit 9" in out.said and f"in {tmp_path}" in out.said
 
