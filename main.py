@@ -345,9 +345,9 @@ def show_images(panels, images, words):
 
 def draw_curve(axes, rows, methods, x, y, task=None, **look):
     """A dot for each method, placed by the means of two metrics, and a line through the dots."""
-    xs, ys = ([values(rows, name, z, task).mean() for name in methods] for z in (x, y))
-    axes.plot(xs, ys, "o-", **look)
-    return zip(xs, ys)
+    dots = [[values(rows, name, z, task).mean().item() for z in (x, y)] for name in methods]
+    axes.plot(*zip(*dots), "o-", **look)
+    return dots
 
 
 def draw_error_counts(figure, rows, job):
