@@ -34,7 +34,7 @@ def run(mnist, tmp_path, monkeypatch):
     return run
 
 
-def test_each_question_can_be_deleted_with_its_line(run):
+def test_a_question_deleted_then_a_task_added_and_lora_on_one_layer(run, tmp_path):
     whole, pictures = run(SOURCE)
     assert len(pictures) == 6 and set(pictures.values()) == {"seeds: 1, images: seed 0"}
     questions = {"cost": "trade_off", "rank": "low_rank", "tasks": "tasks"}
@@ -45,16 +45,13 @@ def test_each_question_can_be_deleted_with_its_line(run):
         assert rows == [row for row in whole if row["question"] != name]
         assert left.keys() == pictures.keys() - {picture}
 
-
-def test_lora_on_one_layer_and_another_task(run, tmp_path):
     call, task = "attach_lora(deepcopy(baseline), settings.rank, settings.alpha", '    "mirrored": '
     source = SOURCE.replace(call, f'{call}, ["5"]')
-    rows, pictures = run(source.replace(task, f'    "upside down": lambda x: x.flip(1),\n{task}'))
+    rows, left = run(source.replace(task, f'    "upside down": lambda x: x.flip(1),\n{task}'))
     assert rows[1]["trained"] == 2 * (10 + 50)
-    config = json.loads((tmp_path / "0" / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "4" / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["5"]
-    assert "learned" not in pictures  # since its lora_A would be no image
-    whole, _ = run(SOURCE)
+    assert "learned" not in left  # since its lora_A would be no image
     mirrored = [row for row in whole if "task" in row]
     assert [row for row in rows if row.get("task") == "mirrored"] == mirrored
     assert len([row for row in rows if row.get("task") == "upside down"]) == len(mirrored)
