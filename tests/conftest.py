@@ -38,7 +38,7 @@ def small(monkeypatch, mnist):
 
 @pytest.fixture(scope="session", autouse=True)
 def started(request, tmp_path_factory):
-    """`python main.py`, as a cell of a notebook starts it, beside the tests before those of it."""
+    """`python main.py`, as a cell of a notebook starts it: it runs while other tests do."""
     if not any("whole_run" in item.fixturenames for item in request.session.items):
         return None
     folder = tmp_path_factory.mktemp("elsewhere")

@@ -29,7 +29,7 @@ NETWORK = network()
 
 @pytest.fixture(scope="module")
 def splits(mnist):
-    return conftest.some(mnist, 12000, 330, 800)  # of validation: the best bias ties
+    return conftest.some(mnist, 12000, 330, 800)  # 330: a bias costs exactly what LoRA does
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def again(splits):
     base = fit(formula(state), list(state.values()), images, labels, 2e-3, 1, 256)
     before = base(test.images)
     add("baseline", before)
-    nines = [i for i, label in enumerate(labels.tolist()) if label == 4]
-    own = images[nines], labels[nines]
+    chosen = [i for i, label in enumerate(labels.tolist()) if label == 4]
+    own = images[chosen], labels[chosen]
     start = new_lora(state, 3)
     lora = deepcopy(start)
     forward = fit_lora(state, lora, SCALING, *own, 1.2e-3, 5)

@@ -78,3 +78,5 @@ def test_the_constants_were_chosen_by_their_rules():
         if steps:
             good = tried(name.split()[0].strip(","), "accuracy", "lr")
             assert lr == max(good, key=good.get) and f"**{100 * good[lr]:.2f}**" in NOTES
+            for x in good.values():
+                assert f"{100 * x:.2f}" in NOTES
