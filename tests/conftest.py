@@ -1,4 +1,4 @@
-"""What the tests share: the published results, the data, and a script that runs in seconds."""
+"""What the tests share: the data, the published results, and one whole run beside the others."""
 
 import json
 import os
@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads sleep while they wait
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that `pytest` finds main.py, from wherever it is called
 
 import main
 
-ROOT = Path(main.__file__).resolve().parent
-README = (ROOT / "README.md").read_text()
+SOURCE, README = (ROOT.joinpath(x).read_text(encoding="utf-8") for x in ("main.py", "README.md"))
 RESULTS = json.loads((ROOT / "results" / "metrics.json").read_text())
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
 
 
 def some(splits, *sizes):
@@ -30,18 +35,14 @@ def mnist():
 
 @pytest.fixture
 def small(monkeypatch, mnist):
-    """The command line reads a few hundred images, from any folder that exists."""
-    splits = some(mnist, 600, 150, 240)
-    monkeypatch.setattr(main, "load_mnist", lambda folder, _: folder.exists() and splits)
-    return splits
+    """The command line reads a few hundred images."""
+    monkeypatch.setattr(main, "load_mnist", lambda *_: some(mnist, 600, 150, 240))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started(request, tmp_path_factory):
-    """`python main.py`, as a cell of a notebook starts it: it runs while other tests do."""
-    if not any("whole_run" in item.fixturenames for item in request.session.items):
-        return None
-    folder = tmp_path_factory.mktemp("elsewhere")
-    shown = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, ROOT / "main.py"]
-    return folder, subprocess.Popen(command, cwd=folder, env=shown, **PIPES)
+def started(request, tmp_path_factory, mnist):
+    """`python main.py`, which runs while other tests do, when `mnist` has been unpacked."""
+    if any("whole_run" in item.fixturenames for item in request.session.items):
+        folder = tmp_path_factory.mktemp("elsewhere")
+        command = [sys.executable, "-W", "error", ROOT / "main.py"]
+        return folder, subprocess.Popen(command, cwd=folder, **PIPES)
