@@ -1,10 +1,12 @@
 """LoRA's algebra, the checks, and training, on a model of odd shapes."""
 
 import math
+import re
 from copy import deepcopy
 
 import pytest
 import torch
+from conftest import SOURCE
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -102,8 +104,9 @@ def test_a_broken_promise_ends_the_run_and_names_what_broke_it(named):
 
 @pytest.mark.parametrize("on", [False, True])
 def test_precision_is_reduced_in_training_alone(on, monkeypatch):
-    assert main.BFLOAT16 == torch.cpu.get_capabilities()["avx512_bf16"]
-    monkeypatch.setattr(main, "BFLOAT16", on)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": on})
+    monkeypatch.setattr(main, "BFLOAT16", None)  # and back to what it was, after the test
+    exec(re.search(r"^BFLOAT16 = .*", SOURCE, re.MULTILINE)[0], vars(main))  # noqa: S102
     seen, model = [], Odd()
     model.register_forward_hook(lambda *call: seen.append((call[-1].dtype, model.training)))
     main.train(model, SPLIT, 0, "odd", lr=0.01)

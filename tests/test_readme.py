@@ -33,7 +33,7 @@ def test_each_cell_of_each_table():
                 assert cell == "±".join(told(method, *what))
             assert stored == told(method, "stored", 0, *what[2:])[0]
             methods.append(method)
-    assert len(methods) == 4 + 6
+    assert len(methods) == 5 + 6
 
 
 def test_the_numbers_in_sentences():
@@ -96,10 +96,11 @@ def test_the_rates_are_tried_on_validation_images(mnist, monkeypatch):
     assert rows[2]["errors"] == main.score(job, "LoRA", job.after, 0)["errors"]
 
 
-def test_the_lesson():
+def test_the_lesson(capsys):
     (lines,) = re.findall(r"```python\n(import torch\nfrom torch.+?)```", README, re.DOTALL)
     found = {}
     exec(lines, found)  # noqa: S102
+    assert capsys.readouterr().out.split() == ["False", "True"]
     model = found["model"]
     for layer in (model[0], model[2]):
         lora, frozen = layer.parametrizations.weight[0], layer.parametrizations.weight.original

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -49,21 +48,23 @@ def test_the_screen_and_the_files(whole_run):
     assert tuple(whole_run.environment.values()) == about
 
 
-def test_the_lines_of_the_readme_and_peft_load_the_adapter(whole_run, monkeypatch, capsys):
+def test_the_lines_of_the_readme_and_peft_load_the_adapter(whole_run, mnist, monkeypatch):
     (lines,) = re.findall(r"```python\n(import torch\nimport main.+?)```", README, re.DOTALL)
     monkeypatch.chdir(whole_run.folder)
-    Path("data").symlink_to(ROOT / "data")
-    found = {}
+    found, plain = {}, main.MNISTClassifier()
     exec(lines, found)  # noqa: S102
-    assert capsys.readouterr().out == f"{whole_run.rows[1]['accuracy']}\n"
-    model, test = main.MNISTClassifier(), found["test"]
-    model.load_state_dict(torch.load("outputs/baseline.pt"))
-    assert found["model"].state_dict().keys() == model.state_dict().keys()  # merged
-    model = PeftModel.from_pretrained(model, "outputs/adapter")
-    for row in whole_run.rows[1::-1]:
-        wrong = test.labels[main.evaluate(model, test).argmax(1) != test.labels]
+    plain.load_state_dict(torch.load("outputs/baseline.pt"))
+    assert found["model"].state_dict().keys() == plain.state_dict().keys()  # merged
+    peft = PeftModel.from_pretrained(plain, "outputs/adapter")
+
+    def check(model, row):
+        wrong = mnist[2].labels[main.evaluate(model, mnist[2]).argmax(1) != mnist[2].labels]
         assert torch.bincount(wrong, minlength=10).tolist() == row["errors"]
-        model.base_model.disable_adapter_layers()
+
+    check(found["model"], whole_run.rows[1])
+    check(peft, whole_run.rows[1])
+    with peft.disable_adapter():
+        check(peft, whole_run.rows[0])
 
 
 @pytest.fixture
