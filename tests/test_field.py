@@ -1,11 +1,13 @@
 """What goes wrong in the field: arguments, data, disks, and those who stop a run."""
 
 import errno
+import gc
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ WRONG += " --seed=x --lr=1 --device=tpu --device=cuda:77"
 def test_a_wrong_argument_is_refused_by_name_and_value(argument, small, capsys, tmp_path):
     line = refused(capsys, f"--output-dir={tmp_path / 'out'}", "--main-job-only", argument)
     assert all(part in line for part in argument.split("=")) and not list(tmp_path.iterdir())
+    assert "cuda" in line or argument != "--device=tpu"  # torch's reason lists what there is
 
 
 def test_help_names_the_defaults(capsys):
@@ -98,6 +101,25 @@ def test_missing_or_damaged_data_are_one_line_that_names_the_folder(tmp_path, ca
         for path in raw.glob("*.gz"):
             path.with_suffix("").write_bytes(content)
         assert str(tmp_path) in refused(capsys, *options)
+
+
+def test_the_last_seed_reports_all_of_them_with_the_first_and_the_others_are_gone(
+    small, tmp_path, monkeypatch
+):
+    layers, told = [], []
+
+    def measure(job):
+        layers.append(weakref.ref(job.lora.linear1))
+        yield {"method": job.seed}
+
+    def report(rows, job):
+        told.append([job.seed, *[row["method"] for row in rows]])
+
+    monkeypatch.setattr(main, "PARTS", [("part", measure, {"picture": report})])
+    gc.disable()
+    main.main([f"--output-dir={tmp_path}", "--seed=4", "--seeds=4"])
+    gc.enable()
+    assert told == [[4, 4, 5, 6, 7]] and layers[1]() is None
 
 
 SCRIPT = """

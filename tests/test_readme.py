@@ -87,12 +87,14 @@ def test_the_rates_are_tried_on_validation_images(mnist, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
     import choose_rates
 
-    for name, tries in (("LORA", [1e-4, 1.5e-3]), ("FULL", [6e-5]), ("OTHERS", [3])):
+    for name, tries in (("LORA", [1e-4, 0.02]), ("FULL", [6e-5]), ("OTHERS", [1, 3])):
         monkeypatch.setattr(choose_rates, name, tries)
-    splits = some(mnist, 2000, 500)
-    job = main.main_job(main.PARSER.parse_args([]), 1, [splits[0], splits[1], splits[1]])
+    args, splits = main.PARSER.parse_args(["--lora-lr=0.02"]), some(mnist, 2000, 500)
+    monkeypatch.setattr(main.PARSER, "parse_args", lambda _: args)
+    job = main.main_job(args, 1, [splits[0], splits[1], splits[1]])
     rows = list(choose_rates.try_all(1, [*splits, None]))
-    assert [row.get("lr", row.get("others")) for row in rows] == [None, 1e-4, 1.5e-3, 6e-5, 3]
+    assert [row.get("lr", row.get("others")) for row in rows] == [None, 1e-4, 0.02, 6e-5, 1, 3]
+    assert rows[-1]["errors"] != rows[-2]["errors"]
     assert rows[2]["errors"] == main.score(job, "LoRA", job.after, 0)["errors"]
 
 
