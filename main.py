@@ -57,7 +57,9 @@ class LoRAParametrization(nn.Module):
     def __init__(self, weight, rank, alpha):
         super().__init__()
         out_features, in_features = weight.shape
-        lora_A = torch.randn(rank, in_features) / in_features**0.5  # so that A x is as large as x
+        lora_A = (
+            torch.randn(rank, in_features) / in_features**0.5
+        )  # entries of A x: as large as x's
         self.lora_A = nn.Parameter(lora_A.to(weight))  # drawn on the CPU: the same on any device
         self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank))
         self.scaling = alpha / rank
@@ -76,7 +78,8 @@ def linear_layers(model):
 def attach_lora(model, rank, alpha, layers=()):
     """Freeze `model`, in place, and attach LoRA to the layers named, or to all linear ones.
 
-    Raises ValueError for a layer that is not linear or is parametrized already, before any change.
+    Raises, before any change, ValueError for a layer that is not linear or is parametrized already,
+    and AttributeError for a name that is not there.
     """
     layers = {name: model.get_submodule(name) for name in layers or linear_layers(model)}
     for name, layer in layers.items():
@@ -238,7 +241,7 @@ def score(job, method, logits, stored):
 
 
 def values(rows, method, metric, task=None):
-    """A metric of a method as an array: a value for each seed, or ten if it is the errors."""
+    """A metric of a method as an array: a value for each seed (ten of errors, a dict of shares)."""
     return np.array(
         [row[metric] for row in rows if row["method"] == method and row.get("task") == task]
     )
@@ -259,7 +262,7 @@ def print_table(rows, methods, columns):
 
 
 def new_figure(job, title, height=3.6):
-    """An empty picture; its foot has some of the options of the run."""
+    """An empty picture; its foot has some options of the run (not each matters to each picture)."""
     figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize="medium")
     foot = f"--digit {job.digit} --rank {job.rank} --seed {job.seed} --seeds {job.seeds}"
@@ -372,7 +375,7 @@ def score_columns(job):
 
 @torch.no_grad()
 def cut(model, baseline, rank):
-    """The baseline plus the change of each linear layer's weight, cut to a rank; no biases change.
+    """The baseline plus the change of each linear layer's weight, cut to a rank; no other change.
 
     Returns that network, how many numbers the cut changes store, and of each layer's change how
     much of its squared norm the first 32 directions hold. (On the CPU: not every device can.)
@@ -405,7 +408,7 @@ def measure_cost(job):
     for bias in BIASES:
         yield score(job, f"bias of {bias}", job.before + bias * one_hot, 1)
 
-    # The largest bias, up to 20, that costs no more accuracy than LoRA does, on validation images.
+    # The largest bias, below 20, that costs no more accuracy than LoRA does, on validation images.
     plain, chosen = evaluate(job.baseline, job.validation), 0.0
     floor = accuracy(evaluate(job.lora, job.validation), job.validation)
     for bias in torch.arange(0, 20, 0.25).tolist():
@@ -489,7 +492,7 @@ def report_rank(rows, job):
 
     figure = new_figure(job, f"How much of what training changes in {largest} a low rank holds")
     axes = figure.subplots()
-    for method, learned_from in ((own, f"{job.digit}s"), (every, "all digits")):
+    for method, learned_from in ((own, f"{job.digit}s"), (every, "as many of all digits")):
         held = np.mean([shares[largest] for shares in values(rows, method, "shares")], 0)
         print(
             f"{learned_from}: rank 1 holds {held[0]:.0%} of the squared norm of {largest}'s change"
@@ -601,7 +604,7 @@ PARTS = [  # a name, what measures a seed, and what reports all seeds and return
 
 
 def write(path, content):
-    """Write bytes in one step: what stops the run, or fills the disk, leaves the old file whole."""
+    """Write bytes in one step: who stops the run, or a full disk, leaves the old file whole."""
     part = path.with_suffix(".part")
     try:
         part.write_bytes(content)
@@ -704,7 +707,9 @@ def main(arguments=None):
     try:
         splits = load_mnist(args.data_dir, args.device)
     except Exception as error:  # noqa: BLE001 (of torchvision, for anything but MNIST)
-        PARSER.error(f"argument --data-dir: {args.data_dir}: {error!r} (delete incomplete files)")
+        PARSER.error(
+            f"argument --data-dir: {args.data_dir}: {error!r} (incomplete files? delete them)"
+        )
     seeds = range(args.seed, args.seed + args.seeds)
     rows = []
     for seed in seeds:
@@ -721,7 +726,7 @@ def main(arguments=None):
                     if figure:
                         figure.savefig(args.output_dir / f"{picture}.png")
         gc.collect()  # models with LoRA are cycles, and those of many seeds would pile up
-    print(f"in {args.output_dir}: metrics.json, pictures, baseline.pt, adapter/")
+    print(f"in {args.output_dir}: metrics.json, pictures of what was run, baseline.pt, adapter/")
 
 
 if __name__ == "__main__":

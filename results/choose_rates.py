@@ -1,4 +1,4 @@
-"""Try the grids that main.py's constants were chosen from: `python results/choose_rates.py`.
+"""Try the grids that the constants for the 9 were chosen from: `python results/choose_rates.py`.
 
 Run by hand: it takes some ten minutes and writes results/rates.json, a row for each seed, method
 and setting tried, all on the 5,000 validation images. results/README.md states the rules.

@@ -97,7 +97,9 @@ def test_what_a_low_rank_holds(job, capsys):
     held = [np.mean([x["linear2"] for x in found(name, "shares")], 0) for name in (OWN, EVERY)]
     assert numbers == ["4", "1", f"{held[0][0]:.0%}", "2", "1", f"{held[1][0]:.0%}", "2"]
     wanted = [[[*x] for x in zip([1, 2, 4, 8, 16], 100 * shares)] for shares in held]
-    assert curves(axes) == dict(zip(("learned from 4s", "learned from all digits"), wanted))
+    assert curves(axes) == dict(
+        zip(("learned from 4s", "learned from as many of all digits"), wanted)
+    )
     assert axes.get_xlabel() == "rank" and "%" in axes.get_ylabel() and axes.get_ylim() == (0, 100)
 
 
