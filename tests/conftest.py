@@ -1,10 +1,13 @@
 """What the tests share: the data, the published results, and one whole run beside the others."""
 
+import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -14,13 +17,29 @@ sys.path.insert(0, str(ROOT))  # so that `pytest` finds main.py, from wherever i
 
 import main
 
+# its import leaves the importer's objects and backend alone
+assert not gc.get_freeze_count() and "matplotlib.pyplot" not in sys.modules
+
 SOURCE, README = (ROOT.joinpath(x).read_text(encoding="utf-8") for x in ("main.py", "README.md"))
+LESSON, LOADING = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
 RESULTS = json.loads((ROOT / "results" / "metrics.json").read_text())
-PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+def published(method, metric="accuracy", task=None):
+    """A metric of a method (on a task) in each of the 20 published seeds."""
+    rows = [x for x in RESULTS["rows"] if (x["method"], x.get("task")) == (method, task)]
+    assert len(rows) == 20
+    return [row[metric] for row in rows]
+
+
+def told(method, metric, decimals, task=None):
+    """Its mean and its deviation, as text."""
+    found = published(method, metric, task)
+    return f"{fmean(found):,.{decimals}f}", f"{stdev(found):.{decimals}f}"
 
 
 def some(splits, *sizes):
@@ -45,4 +64,5 @@ def started(request, tmp_path_factory, mnist):
     if any("whole_run" in item.fixturenames for item in request.session.items):
         folder = tmp_path_factory.mktemp("elsewhere")
         command = [sys.executable, "-W", "error", ROOT / "main.py"]
-        return folder, subprocess.Popen(command, cwd=folder, **PIPES)
+        pipe = subprocess.PIPE
+        return folder, subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
