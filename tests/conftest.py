@@ -4,10 +4,10 @@ import gc
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -64,5 +64,4 @@ def started(request, tmp_path_factory, mnist):
     if any("whole_run" in item.fixturenames for item in request.session.items):
         folder = tmp_path_factory.mktemp("elsewhere")
         command = [sys.executable, "-W", "error", ROOT / "main.py"]
-        pipe = subprocess.PIPE
-        return folder, subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+        return folder, Popen(command, cwd=folder, stdout=PIPE, stderr=PIPE, text=True)

@@ -35,7 +35,10 @@ def test_the_numbers_in_sentences():
         fmean(fmean(published(method, task=task)) for task in main.TASKS)
         for method in ("LoRA, rank 4", "copy, cut to rank 4")
     )
-    assert f"cut to rank 4, reads {cut:.0f} %, LoRA of rank 4 {lora:.0f}." in README
+    assert (
+        f"cut to rank 4 afterwards, reads {cut:.0f} %; LoRA, trained at rank 4, {lora:.0f}."
+        in README
+    )
     for what in (("missed", 1), ("accuracy", 2)):
         lost = f"from {told('baseline', *what)[0]} to {told('LoRA', *what)[0]}"
         assert lost in main.__doc__.replace("\n", " ")
@@ -91,13 +94,13 @@ def test_the_rates_are_tried_on_validation_images(mnist, monkeypatch):
     assert one["errors"] != nine["errors"]
 
 
-def test_the_lesson(capsys):
+def test_the_lesson(small, capsys):
     found = {}
     exec(LESSON, found)  # noqa: S102
-    assert capsys.readouterr().out.split() == ["False", "True"]
-    for layer in found["model"][::2]:
+    before, _, off = capsys.readouterr().out.splitlines()
+    assert before == off
+    for layer in found["model"].children():
         assert layer.parametrizations.weight[0].lora_B.any()
     lora = found["LoRAParametrization"](layer.weight, rank=2, alpha=5)
     torch.nn.init.normal_(lora.lora_B)
-    expected = layer.weight + 2.5 * lora.lora_B @ lora.lora_A
-    torch.testing.assert_close(lora(layer.weight), expected)
+    torch.testing.assert_close(lora(layer.weight), layer.weight + 2.5 * lora.lora_B @ lora.lora_A)
