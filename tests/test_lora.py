@@ -90,7 +90,7 @@ def test_precision_is_reduced_in_training_alone(on, monkeypatch):
     model = odd()
     model.register_forward_hook(lambda *call: seen.append((call[-1].dtype, model.training)))
     main.train(model, SPLIT, 0, "odd", lr=0.01)
-    main.evaluate(model, SPLIT)
+    assert not main.evaluate(model, SPLIT).requires_grad
     assert seen == [(torch.bfloat16 if on else torch.float32, True), (torch.float32, False)]
 
 

@@ -16,8 +16,8 @@ import main
 @pytest.fixture
 def run(mnist, tmp_path, monkeypatch):
     """The rows of an edited script, on a few hundred images."""
-    savefig = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(savefig, lambda _, path: path.touch())  # which takes less time
+    # which takes less time
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path: path.touch())
 
     def run(source):
         edited = ModuleType("edited")
@@ -38,7 +38,7 @@ def test_lora_on_one_layer_a_task_added_and_a_question_alone(run, tmp_path):
     task = '    "mirr'
     source = SOURCE.replace(call, f'{call}, ["3"]')
     whole = run(source.replace(task, f'    "upside down": lambda x: x.flip(1),\n{task}'))
-    assert {x["stored"] for x in whole if x["method"].startswith("LoRA ")} == {2 * (10 + 60)}
+    assert {x["stored"] for x in whole if x["method"].startswith("LoRA ")} == {140}
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["target_modules"], config["r"], config["lora_alpha"]) == (["3"], 2, 1)
     assert len(list(tmp_path.glob("*.png"))) == 5  # not added.png: this lora_A is no image
