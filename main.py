@@ -109,7 +109,7 @@ def set_strength(model, strength):
 # --- Data, training, evaluation -------------------------------------------------------------------
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, which lie in [0, 1]
-# Training, not evaluation, multiplies in bfloat16 where the CPU has units for it: half the time.
+# Training, not evaluation, multiplies in bfloat16 where AVX-512 can: half the time.
 BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
@@ -165,7 +165,7 @@ def train(model, split, seed, name, lr, epochs=1, batch=128):
 
 @torch.inference_mode()
 def evaluate(model, split):
-    """Logits (n, 10) of a split, a thousand images at a time, which is faster than all at once."""
+    """Logits (n, 10) of a split, a thousand images at a time, so that little memory is needed."""
     model.eval()
     return torch.cat([model(images) for images in split.images.split(1000)])
 
@@ -294,7 +294,7 @@ def report_main_job(rows, job):
     print(f"{trained:,} numbers trained, {trained / frozen:.3%} of the {frozen:,} that are frozen")
     print("checked: off, it is the baseline; on, these layers add (alpha / rank) B (A x)")
     if job.seeds > 1:
-        print(f"below: means over {job.seeds} seeds, some with standard deviations in brackets")
+        print(f"below: means over {job.seeds} seeds; what is in brackets is a standard deviation")
 
     print("\nerrors on" + "".join(f"{digit:5}" for digit in range(10)) + "  accuracy, %")
     errors = {}
@@ -598,7 +598,7 @@ def report_tasks(rows, job):
     return figure
 
 
-PARTS = [  # a name, what measures a seed, and what reports all seeds and returns a picture
+PARTS = [  # a name, what measures a seed, and, by picture, what tells or draws at the end
     (
         "main",
         measure_main_job,
@@ -692,7 +692,7 @@ add("--seed", type=int, default=0, help="seed of networks and of the order of im
 add("--seeds", type=positive_int, default=1, help="repeat for so many seeds, from --seed up")
 add("--device", type=device, default="cpu", help="cpu, cuda or mps")
 add("--data-dir", type=Path, default=Path(__file__).with_name("data"), help="has MNIST/raw")
-add("--output-dir", type=Path, default="outputs", help="folder for all that is written")
+add("--output-dir", type=Path, default="outputs", help="folder for what is found")
 add("--main-job-only", action="store_true", help="leave out the questions")
 
 

@@ -50,8 +50,11 @@ def test_lora_starts_at_the_weight_and_adds_its_scaled_product_to_it():
 def test_the_matrices_alone_are_trained_and_have_the_dtype_of_their_layer(dtype):
     base, start, lora = models(["1.2"], dtype)
     main.check_lora(base, lora, 3.0)
-    pairs = zip(start.parameters(), lora.parameters())
-    changed = [after.dtype for before, after in pairs if not torch.equal(before, after)]
+    changed = [
+        after.dtype
+        for before, after in zip(start.parameters(), lora.parameters())
+        if not torch.equal(before, after)
+    ]
     assert changed == [dtype, dtype]
 
 
