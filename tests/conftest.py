@@ -21,7 +21,7 @@ import main
 assert not gc.get_freeze_count() and "matplotlib.pyplot" not in sys.modules
 
 SOURCE, README = (ROOT.joinpath(x).read_text(encoding="utf-8") for x in ("main.py", "README.md"))
-LESSON, LOADING = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+*LESSON, LOADING = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
 RESULTS = json.loads((ROOT / "results" / "metrics.json").read_text())
 
 

@@ -45,8 +45,7 @@ def table(methods, columns):
     return text
 
 
-def below(capsys, text):
-    """What is printed below a table; nothing, where there is no such table."""
+def below(capsys, text):  # nothing, where the table is not printed
     return capsys.readouterr().out.partition(text)[2]
 
 
