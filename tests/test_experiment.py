@@ -28,7 +28,7 @@ def splits(mnist):
 
 @pytest.fixture(scope="module")
 def found(splits, tmp_path_factory):
-    """A folder, the rows that the script leaves in it, and those of the second seed alone."""
+    """A folder, the rows of a run of seed 8 alone, and those of seeds 7 and 8, left in it."""
     folder = tmp_path_factory.mktemp("out")
     rows = []
     with pytest.MonkeyPatch.context() as patch:

@@ -123,11 +123,11 @@ def test_the_errors_on_each_digit(job, capsys):
     for method in ("baseline", "LoRA", "LoRA, off"):
         counts = "".join(f"{x:5.0f}" for x in mean(method, "errors"))
         text += f"\n{method:9}{counts} {mean(method):12.2f}"
-    above, _, below = capsys.readouterr().out.partition(text)
+    above, _, rest = capsys.readouterr().out.partition(text)
     assert above.startswith("linear1: W + 0.5 * lora_B (1000, 6) @ lora_A (6, 784)\n")
     assert re.search("\n40,764 .* 1.452% .* 2,807,010 .*\n.*\n.* 20 seeds", above)
     before, after = (told(method, "false", 0)[0] for method in COST[:2])
-    assert re.search(f"called 4: {before} without LoRA, {after} with ", below)
+    assert re.search(f"called 4: {before} without LoRA, {after} with ", rest)
     bars = {held.get_label(): [bar.get_height() for bar in held] for held in axes.containers}
     assert bars == {method: mean(method, "errors") for method in COST[:2]}
     assert texts(axes.texts) == [f"{x:.0f}" for held in bars.values() for x in held]

@@ -16,7 +16,7 @@ import main
 @pytest.fixture
 def run(mnist, tmp_path, monkeypatch):
     """The rows of an edited script, on a few hundred images."""
-    # which takes less time
+    # drawing takes most of the time, and is tested elsewhere
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path: path.touch())
 
     def run(source):
